@@ -157,8 +157,8 @@ class Recipe:
 def _make_dataclass(cls: type[Recipe]) -> None:
     """Make ``cls`` a frozen dataclass in place, whose ``__init__`` validates with pydantic first.
 
-    Not pydantic's own dataclass decorator: a field overridden in a sub-subclass breaks it (pydantic 2.14),
-    and its classes carry state that a notebook's recipe would have to travel with.
+    Not pydantic's own dataclass decorator: a notebook's recipe travels to the workers by value, and the
+    plainer the class, the less of pydantic's inner state has to survive that.
     """
     dataclass(frozen=True, kw_only=True)(cls)
     plain_init = cls.__init__
@@ -187,13 +187,16 @@ def _fields_model(cls: type[Recipe]) -> type[BaseModel]:
     from pydantic import ConfigDict, create_model
 
     hints = get_type_hints(cls, include_extras=True)
-    columns: dict[str, Any] = {
-        f.name: (hints[f.name], f.default if f.default is not MISSING else ...)
-        for f in fields(cls)  # type: ignore[arg-type]
-    }
+    columns: dict[str, Any] = {}
     for f in fields(cls):  # type: ignore[arg-type]
-        if f.default_factory is not MISSING:
-            columns[f.name] = (hints[f.name], f.default_factory())
+        # By type, not identity: a class that travelled by value has a MISSING of its own (Python 3.11).
+        if not isinstance(f.default, type(MISSING)):
+            default = f.default
+        elif not isinstance(f.default_factory, type(MISSING)):
+            default = f.default_factory()
+        else:
+            default = ...
+        columns[f.name] = (hints[f.name], default)
     return create_model(
         cls.__name__, __config__=ConfigDict(extra="forbid", protected_namespaces=(), validate_default=True), **columns
     )
