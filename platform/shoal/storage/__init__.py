@@ -1,0 +1,43 @@
+"""What is on disk: committed directories, small JSON files, journals and locks.
+
+One implementation of the commit protocol serves checkpoints and models alike; `docs/storage.md` tells its
+failure paths. Nothing here loads torch or ray.
+"""
+
+from shoal.storage.commit import (
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    collect_orphans,
+    commit,
+    discard,
+    newest_verified,
+    verify,
+)
+from shoal.storage.disk import Disk
+from shoal.storage.files import create_json, read_json, write_json
+from shoal.storage.journal import MAX_LINE_BYTES, append_line, read_lines, read_lines_from
+from shoal.storage.layout import MIN_FREE_BYTES, Storage
+from shoal.storage.lock import FileLock
+
+__all__ = [
+    "MANIFEST",
+    "MAX_LINE_BYTES",
+    "MIN_FREE_BYTES",
+    "Disk",
+    "FileEntry",
+    "FileLock",
+    "Manifest",
+    "Storage",
+    "append_line",
+    "collect_orphans",
+    "commit",
+    "create_json",
+    "discard",
+    "newest_verified",
+    "read_json",
+    "read_lines",
+    "read_lines_from",
+    "verify",
+    "write_json",
+]

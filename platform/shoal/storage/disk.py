@@ -1,0 +1,131 @@
+"""The few file-system calls that durability rests on, in one place.
+
+`Disk` is the seam: tests replace it to fail or to die between any two calls, and another kind of storage
+implements the same calls.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from shoal.errors import StorageError
+
+FILE_MODE = 0o600
+DIRECTORY_MODE = 0o700
+
+
+class Disk:
+    """A local (or locally mounted) file system. Every method raises plain ``OSError``."""
+
+    def make_directory(self, path: Path) -> None:
+        """Create ``path``, private to its owner; it must not exist."""
+        os.mkdir(path, DIRECTORY_MODE)
+
+    def write_file(self, path: Path, content: bytes) -> None:
+        """Create ``path`` with ``content``, on disk when this returns; it must not exist."""
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def sync_file(self, path: Path) -> None:
+        """Make the file private to its owner and its content durable."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            os.fchmod(descriptor, FILE_MODE)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def sync_directory(self, path: Path) -> None:
+        """Make the names in ``path`` durable: files created in it, renamed into it or out of it."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def publish_directory(self, source: Path, target: Path) -> None:
+        """Rename a non-empty directory to ``target``, which must not exist.
+
+        POSIX lets rename replace an *empty* directory only, so of two writers that publish under one name
+        the second fails with ENOTEMPTY; unlike renameat2(RENAME_NOREPLACE) this also holds on NFS.
+        """
+        os.rename(source, target)
+
+    def publish_file(self, source: Path, target: Path) -> None:
+        """Give the file the name ``target`` too; ``FileExistsError`` when that is taken."""
+        os.link(source, target, follow_symlinks=False)
+
+    def replace_file(self, source: Path, target: Path) -> None:
+        """Rename the file to ``target``, replacing what was there in one step."""
+        os.replace(source, target)
+
+    def remove(self, path: Path) -> None:
+        """Delete a file or a whole directory; one that is gone already is fine."""
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+LOCAL_DISK = Disk()
+
+
+def make_directories(path: Path, disk: Disk = LOCAL_DISK) -> None:
+    """Create ``path`` and its missing parents, each private to its owner and durable."""
+    if path.is_dir():
+        return
+    make_directories(path.parent, disk)
+    try:
+        disk.make_directory(path)
+    except FileExistsError:
+        if not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
+        return  # another process was first
+    disk.sync_directory(path.parent)
+
+
+def storage_error(action: str, path: Path, error: OSError) -> StorageError:
+    """The ``StorageError`` for a failed ``action`` on ``path``: what failed, free space, what to do next."""
+    reason = error.strerror or str(error)
+    where = f" at {error.filename}" if error.filename and str(error.filename) != str(path) else ""
+    return StorageError(
+        f"cannot {action} {path}: {reason}{where} ({_free_text(path)}). "
+        f"What was committed before is untouched; {_next_step(error)}."
+    )
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that this user may still write on the file system of ``path`` (or of its nearest parent)."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def size_text(size_bytes: int) -> str:
+    """A size for people, such as ``1.5 GiB``."""
+    size = float(size_bytes)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def _free_text(path: Path) -> str:
+    try:
+        return f"{size_text(free_bytes(path))} free there"
+    except OSError as error:
+        return f"free space unknown: {error.strerror}"
+
+
+def _next_step(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "free some space there, or point `storage:` in cluster.yaml at a larger disk, and try again"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "make it writable for this user, or point `storage:` in cluster.yaml elsewhere"
+    return "check the disk, or point `storage:` in cluster.yaml elsewhere, and try again"

@@ -1,0 +1,79 @@
+"""Where things are in the storage folder."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from shoal.errors import RequestError
+from shoal.storage.disk import LOCAL_DISK, Disk, free_bytes, make_directories, size_text, storage_error
+from shoal.storage.owner import temporary_path
+
+MIN_FREE_BYTES = 128 * 2**20
+"""Below this much free space nothing new is started: logs, journals and MLflow's database need some too."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The folder that ``storage:`` in cluster.yaml names. Making one touches nothing."""
+
+    root: Path
+
+    @property
+    def runs_dir(self) -> Path:
+        return self.root / "runs"
+
+    @property
+    def models_dir(self) -> Path:
+        return self.root / "models"
+
+    @property
+    def sweeps_dir(self) -> Path:
+        return self.root / "sweeps"
+
+    @property
+    def tracking_dir(self) -> Path:
+        return self.root / "tracking"
+
+    def run_dir(self, name: str) -> Path:
+        """Raises RequestError when ``name`` could not be the name of a run."""
+        return self.runs_dir / _checked("run", name)
+
+    def sweep_dir(self, name: str) -> Path:
+        """Raises RequestError when ``name`` could not be the name of a sweep."""
+        return self.sweeps_dir / _checked("sweep", name)
+
+    def model_dir(self, model: str, version: int) -> Path:
+        """Raises RequestError when ``model`` could not be the name of a model."""
+        return self.models_dir / _checked("model", model) / str(int(version))
+
+    def check(self, *, disk: Disk = LOCAL_DISK) -> None:
+        """Create the folder if needed, and prove that it can be written and has room.
+
+        Raises:
+            StorageError: it is not a folder, not writable, or has less than `MIN_FREE_BYTES` free.
+        """
+        probe = temporary_path(self.root / "probe")
+        try:
+            make_directories(self.root, disk)
+            if (free := free_bytes(self.root)) < MIN_FREE_BYTES:
+                needed = f"only {size_text(free)} free, shoal needs {size_text(MIN_FREE_BYTES)}"
+                raise OSError(errno.ENOSPC, needed, str(self.root))
+            disk.write_file(probe, os.urandom(512))
+            disk.remove(probe)
+        except OSError as error:
+            raise storage_error("use the storage folder", self.root, error) from error
+
+
+def _checked(kind: str, name: str) -> str:
+    if _NAME.fullmatch(name) is None:
+        raise RequestError(
+            f"{name!r} cannot be the name of a {kind}: use 1 to 100 letters, digits, '.', '_' and '-', "
+            "beginning with a letter or a digit."
+        )
+    return name
