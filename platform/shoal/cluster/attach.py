@@ -1,0 +1,91 @@
+"""Make this process a driver of a running cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from shoal.cluster import ray_edge
+from shoal.cluster.info import ClusterInfo, check_versions, driver_environment
+from shoal.errors import ClusterError
+
+NAMESPACE = "shoal"
+"""Ray namespace of everything shoal names on a cluster."""
+ATTACH_DEADLINE_S = 60.0
+
+_lock = threading.Lock()
+
+
+def attach(info: ClusterInfo, *, timeout_s: float = ATTACH_DEADLINE_S) -> None:
+    """Connect this process to the cluster as a Ray driver, quietly; blocks for up to ``timeout_s`` seconds.
+
+    Sets the environment that Ray and Serve read (so child processes reach the same cluster). Safe to repeat;
+    inside a Ray worker, which is connected already, it does nothing. ``detach`` undoes it.
+
+    Raises:
+        ClusterError: the cluster is gone or does not answer, was started by other versions of Ray or Python,
+            or this process is attached to another cluster.
+    """
+    with _lock:
+        check_versions(info)
+        import ray
+
+        if ray.is_initialized():
+            _check_same_cluster(info)
+            return
+        if not info.is_alive():
+            raise ClusterError(f"cluster {info.name!r} of {info.project} no longer runs. Start it: shoal up")
+        os.environ.update(driver_environment(info))
+        ray_edge.forget_cached_token()
+        with _connect_timeout(timeout_s):
+            try:
+                ray.init(
+                    address=info.address,
+                    namespace=NAMESPACE,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    configure_logging=False,
+                    include_dashboard=None,
+                )
+            except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+                raise ClusterError(
+                    f"cluster {info.name!r} at {info.address} does not let us attach: {error}. "
+                    f"Look at it with `shoal doctor`; `shoal down && shoal up` starts it anew."
+                ) from error
+
+
+def detach() -> None:
+    """Leave the cluster; what was started detached on it goes on. Safe to repeat."""
+    import ray
+
+    with _lock:
+        ray.shutdown()
+
+
+def _check_same_cluster(info: ClusterInfo) -> None:
+    import ray
+
+    there = ray.get_runtime_context().gcs_address
+    if there != info.address:
+        raise ClusterError(
+            f"this process is attached to the Ray cluster at {there}, not to {info.name!r} at {info.address}. "
+            f"A process has one cluster at a time: leave that one with ray.shutdown(), or use another process."
+        )
+
+
+@contextmanager
+def _connect_timeout(timeout_s: float) -> Iterator[None]:
+    """Bound the wait for a GCS that accepts and does not answer."""
+    name = ray_edge.CONNECT_TIMEOUT_VARIABLE
+    before = os.environ.get(name)
+    os.environ[name] = str(max(1, int(timeout_s)))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -1,0 +1,236 @@
+"""What is known about a running cluster, and how clients find it.
+
+The record is one file, ``<project>/.shoal/cluster.json``, written once the cluster answers. It holds paths
+and numbers and no secret: the token stays in its own file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from shoal.cluster import processes, ray_edge
+from shoal.errors import ClusterError
+
+RECORD_ENV = "SHOAL_CLUSTER"
+"""Environment variable with the path of the cluster's record; every process of the cluster has it."""
+RECORD_NAME = "cluster.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessRef:
+    """One process, told apart from a later one with the same id by when it started."""
+
+    pid: int
+    started: float
+    """Epoch seconds, as the kernel reports it."""
+
+    @classmethod
+    def of(cls, process: psutil.Process) -> ProcessRef:
+        """Name a live process."""
+        return cls(pid=process.pid, started=process.create_time())
+
+    def is_alive(self) -> bool:
+        """Whether that very process still runs."""
+        try:
+            process = psutil.Process(self.pid)
+            return abs(process.create_time() - self.started) < 1.0 and processes.is_running(process)
+        except psutil.Error:
+            return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterInfo:
+    """A running cluster: where it listens, where it keeps things, and what it was started from."""
+
+    cluster_id: str
+    """Random, 16 hex digits; every process of the cluster has it as SHOAL_CLUSTER_ID."""
+    name: str
+    project: Path
+    """Folder that holds ``cluster.yaml``; absolute."""
+    address: str
+    """Of the GCS, "127.0.0.1:port": what ``ray.init`` takes."""
+    dashboard_url: str
+    serve_url: str
+    serve_port: int
+    storage: Path
+    """Absolute."""
+    tracking: str
+    """MLflow's URI: ``sqlite:////abs/path`` or a server's URL."""
+    token_path: Path
+    run_dir: Path
+    """Private folder of this cluster under the temporary directory: token, Ray's session, sockets, logs."""
+    session_dir: Path
+    """Ray's session folder, with its logs."""
+    ports: Mapping[str, int]
+    started: float
+    """Epoch seconds."""
+    num_cpus: int
+    num_gpus: int
+    pids: Mapping[str, ProcessRef]
+    """The processes without which there is no cluster: ``gcs`` and ``raylet``."""
+    ray_version: str
+    python_version: str
+    config: Mapping[str, Any]
+    """The resolved ``cluster.yaml`` it was started from."""
+
+    @property
+    def record(self) -> Path:
+        """The file that holds this record."""
+        return state_dir(self.project) / RECORD_NAME
+
+    def is_alive(self) -> bool:
+        """Whether its head processes run; says nothing about whether they answer. Takes milliseconds."""
+        return all(ref.is_alive() for ref in self.pids.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data for the record."""
+        plain = {
+            key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(self).items()
+        }
+        return {"format": _FORMAT, **plain}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ClusterInfo:
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not such a record.
+        """
+        if data["format"] != _FORMAT:
+            raise ValueError(f"format {data['format']!r}, this shoal reads {_FORMAT}")
+        fields = {key: value for key, value in data.items() if key != "format"}
+        for key in ("project", "storage", "token_path", "run_dir", "session_dir"):
+            fields[key] = Path(fields[key])
+        fields["pids"] = {name: ProcessRef(**ref) for name, ref in fields["pids"].items()}
+        return cls(**fields)
+
+    @classmethod
+    def from_env(cls) -> ClusterInfo | None:
+        """The cluster that this process is part of or attached to; None when there is none.
+
+        Raises:
+            ClusterError: the environment names a record that cannot be read.
+        """
+        path = os.environ.get(RECORD_ENV)
+        if not path:
+            return None
+        info = read_record(Path(path))
+        if info is None:
+            raise ClusterError(
+                f"{RECORD_ENV}={path} names a cluster that is gone. Unset {RECORD_ENV}, or start it: shoal up"
+            )
+        return info
+
+
+def state_dir(project: Path) -> Path:
+    """Where a project's cluster is recorded."""
+    return project / ".shoal"
+
+
+def read_record(path: Path) -> ClusterInfo | None:
+    """The record in a file; None when there is none.
+
+    Raises:
+        ClusterError: the file is no record; it says what to do.
+    """
+    try:
+        return ClusterInfo.from_json(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ClusterError(
+            f"{path} is not a cluster record that this shoal can read ({error}). "
+            f"Run `shoal down` in {path.parent.parent} to clean up, then `shoal up`."
+        ) from error
+
+
+def find(project: Path) -> ClusterInfo | None:
+    """The running cluster of a project; None when none runs (a record left by a crash does not count).
+
+    Raises:
+        ClusterError: there is a record and it cannot be read.
+    """
+    info = read_record(state_dir(project.resolve()) / RECORD_NAME)
+    return info if info is not None and info.is_alive() else None
+
+
+def environment(info: ClusterInfo) -> dict[str, str]:
+    """What a client process must set: for ``ray job submit``, ``serve deploy`` and ``ray status`` alike.
+
+    Never holds the cluster's id: a shell that had it would be ended by ``shoal down``.
+    """
+    return {
+        **ray_edge.auth_environment(info.token_path),
+        "RAY_ADDRESS": info.address,
+        "RAY_API_SERVER_ADDRESS": info.dashboard_url,
+        "RAY_DASHBOARD_ADDRESS": info.dashboard_url,
+        RECORD_ENV: str(info.record),
+    }
+
+
+def driver_environment(info: ClusterInfo) -> dict[str, str]:
+    """What a process sets that becomes a driver: also keeps its own listeners on loopback, and Serve's flags."""
+    return {
+        **environment(info),
+        **ray_edge.node_environment(),
+        **ray_edge.serve_environment(info.ports, info.run_dir, haproxy_threads(info.num_cpus)),
+    }
+
+
+def haproxy_threads(num_cpus: int) -> int:
+    """Threads for HAProxy: few, it is C and shares the machine with replicas and training."""
+    return max(1, min(4, num_cpus // 2))
+
+
+def differences(info: ClusterInfo, config: Mapping[str, Any]) -> list[str]:
+    """Where a resolved config differs from the one the cluster runs with: "path: running 1, file 2"."""
+    running, wanted = _flatten(info.config), _flatten(config)
+    lines = []
+    for path in sorted(running.keys() | wanted.keys()):
+        if running.get(path) != wanted.get(path):
+            lines.append(f"{path}: running {_show(running, path)}, file {_show(wanted, path)}")
+    return lines
+
+
+def check_versions(info: ClusterInfo) -> None:
+    """Check that this process can talk to the cluster at all.
+
+    Raises:
+        ClusterError: Ray or Python differ from the cluster's; Ray would fail later and obscurely.
+    """
+    here = {"Ray": ray_edge.installed_ray_version(), "Python": python_version()}
+    there = {"Ray": info.ray_version, "Python": info.python_version}
+    wrong = [f"{what} {here[what]} here, {there[what]} in the cluster" for what in here if here[what] != there[what]]
+    if wrong:
+        raise ClusterError(
+            f"cluster {info.name!r} was started by another environment: {'; '.join(wrong)}. "
+            f"Use the environment it was started from, or restart it with this one: shoal down && shoal up"
+        )
+
+
+def python_version() -> str:
+    """Of this interpreter, as Ray compares it: "3.11.9"."""
+    return ".".join(str(part) for part in sys.version_info[:3])
+
+
+def _show(values: Mapping[str, Any], path: str) -> str:
+    return json.dumps(values[path]) if path in values else "(absent)"
+
+
+def _flatten(value: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping) and value:
+        pairs: Iterable[tuple[Any, Any]] = value.items()
+        return {
+            key: leaf for name, child in pairs for key, leaf in _flatten(child, f"{path}.{name}".lstrip(".")).items()
+        }
+    return {path: value}

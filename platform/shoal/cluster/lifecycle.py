@@ -1,0 +1,216 @@
+"""Bring a project's cluster up and take it down; one at a time, whatever was left by a crash."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shoal.cluster import info as cluster_info
+from shoal.cluster import ports as port_plan
+from shoal.cluster import processes, ray_edge
+from shoal.cluster import start as starting
+from shoal.cluster.info import ClusterInfo, state_dir
+from shoal.cluster.start import StartPlan
+from shoal.errors import ClusterError, DeadlineExceeded, RequestError
+from shoal.storage import FileLock, Storage, write_json
+
+if TYPE_CHECKING:
+    from shoal.config import ClusterConfig
+
+_STARTING_NAME = "cluster.starting.json"
+"""Written before the first process, removed when the cluster is recorded: names what a dead `up` left."""
+_LOCK_TIMEOUT_S = starting.START_DEADLINE_S + 60.0
+"""Longer than a start: whoever waits gets the cluster that the other one starts."""
+
+_log = logging.getLogger(__name__)
+
+
+def up(config: ClusterConfig, *, project: Path, say: Callable[[str], None] = _log.info) -> ClusterInfo:
+    """Return the project's running cluster, starting it when there is none; blocks about 10 s then.
+
+    Safe to repeat, and at once from several processes: all get the same cluster. What an interrupted start
+    or a crash left is removed first. ``say`` is told what happens, in sentences for a person.
+
+    Raises:
+        RequestError: the cluster runs with another configuration, a port is taken, a version does not fit.
+        ClusterError: it does not start or answer.
+        StorageError: storage is not writable, or full.
+    """
+    plan, notes = plan_start(config, project=project)
+    return up_plan(plan, say=say, notes=notes)
+
+
+def up_plan(plan: StartPlan, *, say: Callable[[str], None] = _log.info, notes: tuple[str, ...] = ()) -> ClusterInfo:
+    """As ``up``, from a plan already made."""
+    check_installation()
+    with _lock(plan.project):
+        running = _recover(plan.project, say)
+        if running is not None:
+            _check_same_config(running, plan)
+            say(f"cluster {running.name!r} is already up: {running.dashboard_url}")
+            return running
+        for note in notes:
+            say(note)
+        Storage(plan.storage).check()
+        _check_serve_port(plan)
+        marker = state_dir(plan.project) / _STARTING_NAME
+        write_json(marker, {"cluster_id": plan.cluster_id, "run_dir": str(plan.run_dir)})
+        starting.private_dir(starting.runtime_root())
+        # One start at a time per user: the ports of one are written down before the next chooses.
+        with FileLock(starting.runtime_root() / "lock") as user_lock:
+            user_lock.acquire(timeout_s=_LOCK_TIMEOUT_S)
+            info = starting.start(plan, say)
+        _record(info)
+        marker.unlink()
+        say(f"cluster {info.name!r} is up: {info.dashboard_url}")
+        return info
+
+
+def down(project: Path, *, say: Callable[[str], None] = _log.info) -> bool:
+    """Stop the project's cluster with everything it started; False when there was nothing to stop.
+
+    Returns once every process is gone. Safe to repeat; also cleans what a crash or a killed ``up`` left.
+
+    Raises:
+        RequestError: called from inside the cluster, which would end the caller half way.
+        ClusterError: a process does not end.
+    """
+    project = project.resolve()
+    if not state_dir(project).is_dir():
+        return False
+    with _lock(project):
+        found = _claims(project)
+        for cluster_id, run_dir in found:
+            if os.environ.get(processes.CLUSTER_ID) == cluster_id:
+                raise RequestError("`shoal down` was called from inside the cluster it would stop; call it from a shell")
+            say(f"stopping cluster {cluster_id[:8]}")
+            starting.abandon(cluster_id, run_dir)
+        _forget(project)
+        return bool(found)
+
+
+def plan_start(config: ClusterConfig, *, project: Path) -> tuple[StartPlan, tuple[str, ...]]:
+    """What ``up`` would start, and what it leaves out of the file, as sentences; starts nothing.
+
+    Raises:
+        RequestError: the target is not ``local``, the only one that can be started from here.
+    """
+    from shoal.config.machine import Machine
+
+    if config.target != "local":
+        raise RequestError(f"target {config.target!r} cannot be started by `shoal up`; use --target local")
+    project = project.resolve()
+    here = Machine.here()
+    local = config.local_plan(here.num_cpus, here.memory_bytes, here.num_gpus)
+    storage = (project / config.storage).resolve()
+    plan = StartPlan(
+        cluster_id=secrets.token_hex(8),
+        name=config.name,
+        project=project,
+        storage=storage,
+        tracking=config.tracking or f"sqlite:///{storage / 'tracking' / 'mlflow.db'}",
+        serve_port=config.serve.port,
+        num_cpus=int(local.cpus),
+        num_gpus=int(local.gpus),
+        memory_bytes=None,
+        config=config.model_dump(mode="json"),
+    )
+    return plan, tuple(local.notes)
+
+
+def check_installation() -> None:
+    """Check Ray and Python against what shoal was made for.
+
+    Raises:
+        RequestError: either is another version.
+    """
+    ray, python = ray_edge.installed_ray_version(), sys.version_info[:2]
+    if ray != ray_edge.RAY_VERSION:
+        raise RequestError(
+            f"shoal needs Ray {ray_edge.RAY_VERSION}, found {ray}: pip install 'ray[serve,train,tune]=="
+            f"{ray_edge.RAY_VERSION}'"
+        )
+    if python != ray_edge.PYTHON_VERSION:
+        wanted = ".".join(map(str, ray_edge.PYTHON_VERSION))
+        raise RequestError(f"shoal needs Python {wanted}, found {cluster_info.python_version()}")
+
+
+def _recover(project: Path, say: Callable[[str], None]) -> ClusterInfo | None:
+    """The healthy cluster of the project, or None after whatever was left of an earlier one is gone."""
+    info = None
+    with suppress(ClusterError):  # a record that cannot be read is cleaned like a dead one
+        info = cluster_info.find(project)
+    if info is not None and starting.answers_within(info, timeout_s=15.0):
+        return info
+    for cluster_id, run_dir in _claims(project):
+        say(f"cleaning up cluster {cluster_id[:8]}, which no longer runs or does not answer")
+        starting.abandon(cluster_id, run_dir)
+    _forget(project)
+    return None
+
+
+def _claims(project: Path) -> list[tuple[str, Path]]:
+    """Ids and folders of every cluster that this project's records name, running or not."""
+    claims = {}
+    for name in (cluster_info.RECORD_NAME, _STARTING_NAME):
+        path = state_dir(project) / name
+        try:
+            record = json.loads(path.read_text())
+            claims[str(record["cluster_id"])] = Path(record["run_dir"])
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            # Its processes still carry the record's path in their environment.
+            _log.warning("%s cannot be read (%s); looking for its cluster by environment", path, error)
+            for cluster_id in processes.cluster_ids_with(cluster_info.RECORD_ENV, str(state_dir(project) / cluster_info.RECORD_NAME)):
+                claims[cluster_id] = starting.runtime_root() / cluster_id[:8]
+    return list(claims.items())
+
+
+def _forget(project: Path) -> None:
+    for name in (cluster_info.RECORD_NAME, _STARTING_NAME):
+        (state_dir(project) / name).unlink(missing_ok=True)
+
+
+def _record(info: ClusterInfo) -> None:
+    write_json(info.record, info.to_json())
+
+
+def _lock(project: Path) -> FileLock:
+    folder = state_dir(project)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    lock = FileLock(folder / "cluster.lock")
+    try:
+        lock.acquire(timeout_s=_LOCK_TIMEOUT_S)
+    except DeadlineExceeded as error:
+        raise ClusterError(
+            f"another `shoal up` or `shoal down` of {project} does not end ({error}). End that process, and try again."
+        ) from error
+    return lock
+
+
+def _check_same_config(running: ClusterInfo, plan: StartPlan) -> None:
+    differing = cluster_info.differences(running, plan.config)
+    if differing:
+        raise RequestError(
+            f"cluster {running.name!r} runs with another configuration than cluster.yaml now says:\n  "
+            + "\n  ".join(differing)
+            + "\nTo apply the file: shoal down && shoal up"
+        )
+    cluster_info.check_versions(running)
+
+
+def _check_serve_port(plan: StartPlan) -> None:
+    port = plan.serve_port
+    if port and not port_plan.is_free(port):
+        by = port_plan.holder(port) or "a process of another user"
+        raise RequestError(
+            f"serve.port {port} is taken by {by}. End it, or choose another: serve.port in cluster.yaml (0: any free)"
+        )

