@@ -1,0 +1,226 @@
+"""Checkpoints of one run: what is in one, when it is written, which are kept, which one to resume from."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shoal.errors import CorruptError, RecipeError, ShoalError, StorageError
+from shoal.recipe import Objective
+from shoal.storage import collect_orphans, commit, discard, newest_verified, read_json, write_json
+from shoal.train.state import Flat, flatten, snapshot, unflatten
+
+MODEL_FILE = "model.safetensors"
+REST_FILE = "rest.safetensors"
+STATE_FILE = "state.json"
+
+
+@dataclass
+class Snapshot:
+    """A run's whole state at a step boundary, copied: training may go on while it is written."""
+
+    step: int
+    model: dict[str, torch.Tensor]
+    rest: Flat
+    """Optimizer, scheduler and every rank's random state."""
+    facts: dict[str, Any]
+    """What the checkpoint was made with: workers, device, threads, precision, versions."""
+    values: dict[str, float] = field(default_factory=dict)
+    """The validation metrics measured at this very step, if any were."""
+
+
+def take_snapshot(
+    *,
+    step: int,
+    model: torch.nn.Module,
+    optimizer: Any,
+    scheduler: Any,
+    random_states: list[dict[str, Any]],
+    facts: dict[str, Any],
+    values: dict[str, float],
+) -> Snapshot:
+    """Copy the state to the CPU.
+
+    Raises:
+        RecipeError: a parameter is NaN or infinite, or the optimizer keeps what cannot be saved without pickle.
+    """
+    tensors = {name: snapshot(t) for name, t in model.state_dict().items()}
+    for name, t in tensors.items():
+        if t.is_floating_point() and not torch.isfinite(t).all():
+            raise RecipeError(
+                f"step {step}: the model's {name} is NaN or infinite, so nothing was saved at this step; "
+                "lower the learning rate or clip gradients (earlier checkpoints are kept)"
+            )
+    rest = flatten(
+        {
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict() if scheduler is not None else None,
+            "random": random_states,
+        },
+        what="the optimizer or scheduler",
+    )
+    return Snapshot(step, tensors, rest, facts, values)
+
+
+def write_snapshot(directory: Path, snap: Snapshot) -> int:
+    """Commit the snapshot as ``directory``; returns its size in bytes. Blocks until it is on the disk.
+
+    Raises:
+        StorageError: the disk is full or not writable; nothing is left at ``directory``.
+    """
+    from safetensors.torch import save_file
+
+    def write(folder: Path) -> None:
+        save_file(snap.model, folder / MODEL_FILE)
+        save_file(snap.rest.tensors, folder / REST_FILE)
+        write_json(
+            folder / STATE_FILE,
+            {"step": snap.step, "facts": snap.facts, "values": snap.values, "rest": snap.rest.skeleton},
+        )
+
+    manifest = commit(directory, write, meta={"kind": "checkpoint", "step": snap.step})
+    return sum(entry.size_bytes for entry in manifest.files.values())
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint read back."""
+
+    path: Path
+    step: int
+    model: dict[str, torch.Tensor]
+    optimizer: Any
+    scheduler: Any
+    random_states: list[dict[str, Any]]
+    facts: dict[str, Any]
+
+
+def read_checkpoint(directory: Path) -> Loaded:
+    """Read a checkpoint that has been verified. Runs no code from it.
+
+    Raises:
+        CorruptError: its files do not fit together.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        state = read_json(directory / STATE_FILE)
+        rest = unflatten(state["rest"], load_file(directory / REST_FILE))
+        model = load_file(directory / MODEL_FILE)
+        return Loaded(
+            directory, state["step"], model, rest["optimizer"], rest["scheduler"], rest["random"], state["facts"]
+        )
+    except (KeyError, TypeError, OSError) as err:
+        raise CorruptError(f"{directory} is not a checkpoint of shoal: {err!r}") from err
+
+
+def checkpoint_path(parent: Path, step: int) -> Path:
+    """Where the checkpoint of a step lives; names sort by step."""
+    return parent / f"step-{step:010d}"
+
+
+def step_of(directory: Path) -> int:
+    """The step a checkpoint's folder is named after."""
+    return int(directory.name.removeprefix("step-"))
+
+
+def find_checkpoint(parent: Path, on_rejected: Callable[[Path, str], None]) -> Path | None:
+    """The newest checkpoint that verifies, or None. Each newer one that does not is reported and left alone."""
+    if not parent.is_dir():
+        return None
+    found = newest_verified(parent, on_rejected=on_rejected)
+    return found[0] if found else None
+
+
+def plan_discard(steps: Iterable[int], *, keep: int, best: int | None) -> list[int]:
+    """Which checkpoints to delete: all but the newest ``keep`` and the best one."""
+    ordered = sorted(steps, reverse=True)
+    return [step for step in ordered[keep:] if step != best]
+
+
+class CheckpointWriter:
+    """Writes snapshots of one run on a thread of its own, one at a time, and deletes what is not kept.
+
+    A second `submit` waits for the first: snapshots never pile up. Call `close` to wait for the last one.
+    """
+
+    def __init__(
+        self,
+        parent: Path,
+        *,
+        keep: int,
+        objective: Objective,
+        on_commit: Callable[[Snapshot, Path, int, float], None],
+        on_failure: Callable[[Snapshot, ShoalError], None],
+    ) -> None:
+        self._parent = parent
+        self._keep = keep
+        self._objective = objective
+        self._on_commit = on_commit
+        self._on_failure = on_failure
+        self._thread: threading.Thread | None = None
+        self._failure: ShoalError | None = None
+        self._best: tuple[int, float] | None = None
+        parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        collect_orphans(parent)
+
+    @property
+    def best_value(self) -> float | None:
+        """The objective at the best committed checkpoint, or None."""
+        return self._best[1] if self._best else None
+
+    def know_best(self, step: int, value: float) -> None:
+        """Tell of a best checkpoint that an earlier attempt committed."""
+        self._best = (step, value)
+
+    def submit(self, snap: Snapshot) -> None:
+        """Begin to write ``snap``; waits first for the one before it."""
+        self._join()
+        self._thread = threading.Thread(target=self._write, args=(snap,), name="shoal-checkpoint", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Wait until the last snapshot is committed.
+
+        Raises:
+            StorageError: that one could not be written.
+        """
+        self._join()
+        if self._failure is not None:
+            raise self._failure
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, snap: Snapshot) -> None:
+        started = time.monotonic()
+        path = checkpoint_path(self._parent, snap.step)
+        try:
+            if path.exists():  # one that did not verify, or the same step written by an attempt that died
+                discard(path)
+            size_bytes = write_snapshot(path, snap)
+            value = snap.values.get(self._objective.metric)
+            if value is not None and self._objective.is_better(value, self.best_value):
+                self._best = (snap.step, value)
+            self._on_commit(snap, path, size_bytes, time.monotonic() - started)
+            self._failure = None
+            self._discard_old()
+        except ShoalError as err:
+            self._failure = err
+            self._on_failure(snap, err)
+        except Exception as err:  # a thread's exception would vanish: keep it for `close`
+            self._failure = StorageError(f"writing {path} failed: {type(err).__name__}: {err}")
+            self._on_failure(snap, self._failure)
+
+    def _discard_old(self) -> None:
+        steps = [step_of(p) for p in self._parent.glob("step-*") if p.is_dir()]
+        for step in plan_discard(steps, keep=self._keep, best=self._best[0] if self._best else None):
+            discard(checkpoint_path(self._parent, step))

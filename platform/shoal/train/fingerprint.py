@@ -1,0 +1,59 @@
+"""A fingerprint of the data a run sees, so that resuming on other data is noticed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from shoal.recipe import Datasets
+
+NUM_PROBES = 64
+"""Samples looked at in each split, evenly spaced. Other samples may change unnoticed; reading all of a
+large data set at every start would cost more than it tells."""
+
+
+def fingerprint(data: Datasets) -> str:
+    """Sixteen hex digits over each split's length and `NUM_PROBES` of its samples.
+
+    Samples that are augmented at random are taken with fixed seeds, and the generators are put back.
+    """
+    from shoal.train.seeds import capture_random_state, restore_random_state, seed_everything
+
+    digest = hashlib.sha256()
+    before = capture_random_state()
+    try:
+        for split in ("train", "val", "test"):
+            dataset = getattr(data, split)
+            length = len(dataset) if dataset is not None else 0
+            digest.update(f"{split}:{length}".encode())
+            for index in sorted({length * i // NUM_PROBES for i in range(NUM_PROBES)} if length else ()):
+                seed_everything(index)
+                _feed(digest, dataset[index])
+    finally:
+        restore_random_state(before)
+    return digest.hexdigest()[:16]
+
+
+def _feed(digest: Any, value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        array = value.detach().cpu().contiguous()
+        digest.update(f"{array.dtype}{tuple(array.shape)}".encode())
+        digest.update(array.reshape(-1).view(torch.uint8).numpy().data if array.numel() else b"")
+    elif hasattr(value, "tobytes") and hasattr(value, "dtype"):
+        digest.update(f"{value.dtype}{value.shape}".encode() + value.tobytes())
+    elif isinstance(value, Mapping):
+        for key in value:
+            digest.update(str(key).encode())
+            _feed(digest, value[key])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _feed(digest, item)
+    elif isinstance(value, bytes):
+        digest.update(value)
+    elif value is None or isinstance(value, str | int | float | bool):
+        digest.update(repr(value).encode())
+    else:  # an image or another object: its type is all that is certain without running its code
+        digest.update(type(value).__name__.encode())

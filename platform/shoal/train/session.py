@@ -1,0 +1,363 @@
+"""What a training loop talks to: batches in, gradients summed, steps taken, metrics out.
+
+A session knows its process group and nothing of Ray; the same code runs in one process, under torchrun
+and on Ray Train.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from shoal.errors import RecipeError
+from shoal.recipe import Datasets, Recipe
+from shoal.train.group import Group
+from shoal.train.order import DataOrder
+from shoal.train.reduce import GradientBuckets
+from shoal.train.seeds import derive_seed, seed_everything
+
+Precision = Literal["fp32", "bf16"]
+
+
+class Boundary(Protocol):
+    """What happens between steps: record, evaluate, checkpoint. The engine's side of a session."""
+
+    def wants_checkpoint(self) -> bool: ...
+    def wants_stop(self) -> bool: ...
+    def after_step(self, session: Session, *, checkpoint: bool, stop: bool) -> bool:
+        """Do what is due at this boundary; True ends the run here."""
+        ...
+
+
+@dataclass
+class Progress:
+    """Sums since the last line of metrics."""
+
+    loss: float = 0.0
+    num_steps: int = 0
+    logged: dict[str, list[float]] | None = None
+    since: float = 0.0
+
+
+class Session:
+    """One worker's view of a run.
+
+    Attributes:
+        model, optimizer, scheduler: as the recipe built them, on this worker's device.
+        steps_done: completed steps; the next batch belongs to step ``steps_done`` (from 0).
+        target_steps: where the run ends.
+        group: rank, number of workers, device.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: Datasets,
+        group: Group,
+        boundary: Boundary,
+        *,
+        seed: int,
+        target_steps: int,
+        precision: Precision = "fp32",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.recipe = recipe
+        self.data = data
+        self.group = group
+        self.steps_done = 0
+        self.target_steps = target_steps
+        self.precision = precision
+        self._boundary = boundary
+        self._clock = clock
+        self._progress = Progress(since=clock())
+        num_train = _length(data.train, "train")
+        _length(data.val, "val")
+        if recipe.batch_size < group.size:
+            raise RecipeError(
+                f"batch_size={recipe.batch_size} cannot be divided among {group.size} workers; "
+                f"raise batch_size or ask for at most {recipe.batch_size} workers"
+            )
+        self._seed = seed
+        self._order = DataOrder(num_train, recipe.batch_size, derive_seed(seed, "order"))
+        seed_everything(derive_seed(seed, "init"))
+        self.model: nn.Module = recipe.build_model().to(group.device)
+        self.optimizer = recipe.build_optimizer(self.model)
+        self.scheduler = recipe.build_scheduler(self.optimizer)
+        self._share_initial_weights()
+        self.seed_for_workers(0)
+        self._gradients = _gradients_for(self.model, group)
+        self._in_step = False
+        self._loss_weight = 1.0
+
+    # -- the loop's side -------------------------------------------------------------------------------
+
+    def batches(self) -> Iterator[Any]:
+        """This worker's share of each batch from the current step to the last, on its device.
+
+        Ends early when the run is asked to stop. Every batch must be followed by `backward` and `step`.
+
+        Raises:
+            RecipeError: a batch was taken without a `step` for the one before it.
+        """
+        for batch in self._loader():
+            if self._in_step:
+                raise RecipeError("call session.step() once for every batch of session.batches()")
+            self._in_step = True
+            self.model.train()
+            self._gradients.zero()
+            self._sync_buffers()
+            yield to_device(batch, self.group.device)
+            if self._ended:
+                return
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context in which a forward pass runs in the run's precision (nothing for fp32)."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.group.device.type, dtype=torch.bfloat16)
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        """The recipe's loss of this worker's batch, in the run's precision."""
+        with self.autocast():
+            return self.recipe.loss(self.model, batch)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Compute gradients of the global batch's mean loss, and begin to sum them over workers.
+
+        ``loss`` is the mean over this worker's samples; it is weighed by their share of the batch.
+
+        Raises:
+            RecipeError: the loss is not a scalar tensor with a gradient.
+        """
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            shape = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise RecipeError(
+                f"the loss must be a scalar tensor, the mean over the batch; found {shape}. "
+                "End it with .mean()"
+            )
+        if not loss.requires_grad:
+            raise RecipeError("the loss does not depend on the model's parameters (it has no gradient)")
+        loss = loss.reshape(()) * self._loss_weight
+        self._gradients.set_control(loss, self._boundary.wants_checkpoint(), self._boundary.wants_stop())
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self) -> None:
+        """Finish the sum, take an optimizer and scheduler step, and do what is due at the step boundary.
+
+        Blocks until every worker has come here. Evaluation and the copy for a checkpoint happen inside.
+
+        Raises:
+            RecipeError: the loss is NaN or infinite (the weights are still those of the step before).
+            PeerLost: another worker is gone.
+        """
+        loss, wants_checkpoint, wants_stop = self._gradients.finish()
+        if not math.isfinite(loss):
+            raise RecipeError(
+                f"step {self.steps_done}: the loss is {loss}; the weights are those before this step. "
+                "Lower the learning rate, clip gradients, or look at this step's data"
+            )
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.step_done(loss)
+        self._ended = self._boundary.after_step(self, checkpoint=wants_checkpoint > 0, stop=wants_stop > 0)
+
+    def log(self, **values: float | torch.Tensor) -> None:
+        """Record values of your own beside the loss; the mean over the steps since the last line is kept.
+
+        Rank 0's values are recorded. Does not block.
+        """
+        if self._progress.logged is None:
+            self._progress.logged = {}
+        for name, value in values.items():
+            self._progress.logged.setdefault(name, []).append(float(value))
+
+    # -- the engine's side -----------------------------------------------------------------------------
+
+    _ended = False
+
+    def step_done(self, loss: float) -> None:
+        self.steps_done += 1
+        self._in_step = False
+        self._progress.loss += loss
+        self._progress.num_steps += 1
+
+    def take_progress(self) -> dict[str, float] | None:
+        """Mean loss, own values and rate since the last call; None if no step was taken since."""
+        done, now = self._progress, self._clock()
+        if done.num_steps == 0:
+            return None
+        self._progress = Progress(since=now)
+        elapsed_s = max(now - done.since, 1e-9)
+        values = {
+            "loss": done.loss / done.num_steps,
+            "samples_per_s": done.num_steps * self.recipe.batch_size / elapsed_s,
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
+        }
+        return values | {name: sum(vs) / len(vs) for name, vs in (done.logged or {}).items()}
+
+    def evaluate(self, dataset: Dataset[Any]) -> dict[str, float]:
+        """Mean loss and recipe metrics over a dataset, each worker measuring its share. Blocks; same on all."""
+        was_training = self.model.training
+        self.model.eval()
+        sums: dict[str, float] = {}
+        num_samples = len(dataset)  # type: ignore[arg-type]
+        begin = num_samples * self.group.rank // self.group.size
+        end = num_samples * (self.group.rank + 1) // self.group.size
+        share = torch.utils.data.Subset(dataset, range(begin, end))
+        loader = DataLoader(
+            share,
+            batch_size=self.recipe.batch_size,
+            collate_fn=self.data.collate or default_collate,
+            generator=torch.Generator(),  # without one of its own, a loader draws from the training's
+        )
+        try:
+            with torch.no_grad(), self.autocast():
+                for batch in loader:
+                    batch = to_device(batch, self.group.device)
+                    weight = batch_length(batch)
+                    found = {"loss": self.recipe.loss(self.model, batch)}
+                    found |= self.recipe.metrics(self.model, batch)
+                    for name, value in found.items():
+                        sums[name] = sums.get(name, 0.0) + float(value) * weight
+        finally:
+            self.model.train(was_training)
+        return _merge_means(self.group.gather((sums, end - begin)))
+
+    def seed_for_workers(self, step: int) -> None:
+        """Give every worker random numbers of its own from this step on."""
+        seed_everything(derive_seed(self._seed, "worker", self.group.rank, step))
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        self._gradients.close()
+
+    def _loader(self) -> DataLoader[Any]:
+        steps = _StepBatches(self._order, self.steps_done, self.target_steps, self.group)
+        share = len(self._order.positions(0, self.group.rank, self.group.size))
+        self._loss_weight = share / self.recipe.batch_size
+        in_processes = self.data.loader_workers > 0
+        return DataLoader(
+            _Positioned(self.data.train, derive_seed(self._seed, "sample") if in_processes else None),
+            batch_sampler=steps,  # type: ignore[arg-type]
+            collate_fn=self.data.collate or default_collate,
+            num_workers=self.data.loader_workers,
+            pin_memory=self.group.device.type == "cuda",
+            generator=torch.Generator(),
+        )
+
+    def _share_initial_weights(self) -> None:
+        for tensor in [*self.model.parameters(), *self.model.buffers()]:
+            self.group.broadcast(tensor.data)
+
+    def _sync_buffers(self) -> None:
+        """Start every step from rank 0's buffers (such as BatchNorm's running means), as DDP does."""
+        if self.group.size > 1:
+            for buffer in self.model.buffers():
+                self.group.broadcast(buffer)
+
+
+class _LocalGradients:
+    """The face of `GradientBuckets` for one worker: nothing to sum, gradients are autograd's own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._control = (torch.zeros(()), False, False)
+
+    def zero(self) -> None:
+        self._model.zero_grad(set_to_none=True)
+
+    def set_control(self, loss: torch.Tensor, wants_checkpoint: bool, wants_stop: bool) -> None:
+        self._control = (loss.detach(), wants_checkpoint, wants_stop)
+
+    def finish(self) -> list[float]:
+        loss, wants_checkpoint, wants_stop = self._control
+        return [loss.item(), float(wants_checkpoint), float(wants_stop)]
+
+    def close(self) -> None:
+        """Nothing to take off."""
+
+
+def _gradients_for(model: nn.Module, group: Group) -> GradientBuckets | _LocalGradients:
+    return GradientBuckets(model.parameters(), group) if group.size > 1 else _LocalGradients(model)
+
+
+class _StepBatches:
+    """A batch sampler: rank's (position, sample id) pairs, step by step."""
+
+    def __init__(self, order: DataOrder, first_step: int, last_step: int, group: Group) -> None:
+        self._order, self._first, self._last, self._group = order, first_step, last_step, group
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self._order.batches(self._first, self._last, self._group.rank, self._group.size)
+
+    def __len__(self) -> int:
+        return max(0, self._last - self._first)
+
+
+class _Positioned(Dataset[Any]):
+    """The training data by (position, sample id).
+
+    In loader processes random augmentation is seeded by position, so a resumed run draws the same again;
+    in the training process (``seed=None``) it draws from the worker's own generators, which checkpoints hold.
+    """
+
+    def __init__(self, dataset: Dataset[Any], seed: int | None) -> None:
+        self._dataset, self._seed = dataset, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        position, sample = key
+        if self._seed is not None:
+            seed_everything(derive_seed(self._seed, position))
+        return self._dataset[sample]
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move every tensor in a nest of dicts, lists and tuples to a device."""
+    if device.type == "cpu":
+        return batch
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def batch_length(batch: Any) -> int:
+    """How many samples a batch holds: the first dimension of its first tensor."""
+    if isinstance(batch, torch.Tensor):
+        return batch.shape[0] if batch.ndim else 1
+    items = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    for item in items:
+        return batch_length(item)
+    raise RecipeError(f"cannot tell how many samples a batch of type {type(batch).__name__} holds")
+
+
+def _merge_means(parts: list[tuple[dict[str, float], int]]) -> dict[str, float]:
+    total = sum(count for _, count in parts)
+    names = {name: None for sums, _ in parts for name in sums}
+    return {name: sum(sums.get(name, 0.0) for sums, _ in parts) / total for name in names}
+
+
+def _length(dataset: Any, split: str) -> int:
+    try:
+        length = len(dataset)
+    except TypeError:
+        raise RecipeError(
+            f"build_data: the {split} dataset has no len(); shoal takes map-style datasets (len(d), d[i])"
+        ) from None
+    if length == 0:
+        raise RecipeError(f"build_data: the {split} dataset is empty")
+    return length

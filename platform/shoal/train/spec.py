@@ -1,0 +1,68 @@
+"""What a worker is told: one run, whole, in one frozen value."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shoal.recipe import Recipe, field_values, recipe_ref
+from shoal.storage import Storage
+from shoal.train.session import Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """One training of one recipe. Travels to the workers."""
+
+    recipe: Recipe
+    name: str
+    storage: Storage
+    target_steps: int
+    seed: int = 0
+    precision: Precision = "fp32"
+    checkpoint_every_s: float = 30.0
+    """Seconds between checkpoints; there is always one at the end, and one at every new best."""
+    keep: int = 3
+    """Newest checkpoints to keep; the best one is kept besides."""
+    init_from: Path | None = None
+    """Folder of a model version whose weights a fresh run starts from."""
+    init_from_name: str | None = None
+    """That version as the user knows it, such as ``digits@1``."""
+    threads: int | None = None
+    """torch's threads per worker; None leaves them as they are."""
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change when the run is resumed. The data's fingerprint is checked by the workers."""
+        return identity_of(
+            self.recipe, seed=self.seed, precision=self.precision, init_from=self.init_from_name
+        )
+
+
+def identity_of(
+    recipe: Recipe, *, seed: int, precision: Precision, init_from: str | None
+) -> dict[str, Any]:
+    """A run's identity: recipe, fields, seed, strategy, precision and starting weights, JSON-able."""
+    return {
+        "recipe": recipe_ref(recipe),
+        "fields": field_values(recipe),
+        "seed": seed,
+        "strategy": "ddp",
+        "precision": precision,
+        "exact": False,
+        "init_from": init_from,
+    }
+
+
+def run_name_of(identity: dict[str, Any]) -> str:
+    """The default name, ``<recipe>-<8 hex of the identity>``.
+
+    So the same command finds the same run again, and another ``lr`` is another run.
+    """
+    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(canonical.encode()).hexdigest()[:8]
+    class_name = str(identity["recipe"]).rpartition(":")[2].lower()
+    return f"{re.sub(r'[^a-z0-9]', '', class_name)[:60] or 'run'}-{digest}"
