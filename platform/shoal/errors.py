@@ -45,11 +45,13 @@ class Problem:
     """What is wrong, and the valid choices."""
     value: str = ""
     """The offending value as written; empty when there is none."""
+    origin: str = ""
+    """Where it was written, such as ``line 7`` or ``--set``; empty when that is not known."""
 
     def __str__(self) -> str:
         where = self.path or "(file)"
-        found = f" (found {self.value})" if self.value else ""
-        return f"{where}: {self.message}{found}"
+        details = ", ".join(part for part in (self.value and f"found {self.value}", self.origin) if part)
+        return f"{where}: {self.message}" + (f" ({details})" if details else "")
 
 
 class ConfigError(RequestError):

@@ -1,0 +1,45 @@
+"""``cluster.yaml``: read, checked and documented. Needs pydantic and yaml, neither Ray nor torch."""
+
+from shoal.config.checks import notes
+from shoal.config.load import FILE_NAME, find, load
+from shoal.config.local import LocalPlan, LocalPool
+from shoal.config.machine import Machine
+from shoal.config.reference import json_schema
+from shoal.config.sections import (
+    ClusterConfig,
+    Head,
+    Pool,
+    Reserve,
+    Security,
+    Serve,
+    Targets,
+    Train,
+    Tune,
+    is_loopback,
+)
+from shoal.config.values import Duration, Gpus, Range, Size
+
+__all__ = [
+    "FILE_NAME",
+    "ClusterConfig",
+    "Duration",
+    "Gpus",
+    "Head",
+    "LocalPlan",
+    "LocalPool",
+    "Machine",
+    "Pool",
+    "Range",
+    "Reserve",
+    "Security",
+    "Serve",
+    "Size",
+    "Targets",
+    "Train",
+    "Tune",
+    "find",
+    "is_loopback",
+    "json_schema",
+    "load",
+    "notes",
+]

@@ -1,0 +1,168 @@
+"""What the sections of a config owe each other, on the target and the machine that were chosen.
+
+Pure: a config and a machine go in, problems come out. Nothing is started or looked up.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from shoal.config.local import count, plan_local
+from shoal.config.machine import Machine
+from shoal.config.sections import ClusterConfig, is_loopback
+from shoal.errors import Problem
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A problem between sections, and the fields that it was concluded from.
+
+    When one of those is itself wrong, the conclusion is worthless and ``load`` drops it.
+    """
+
+    problem: Problem
+    reads: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Capacity:
+    """The most that some part of the cluster can ever have."""
+
+    cpus: float
+    gpus: int
+    memory_bytes: int | None
+    """None where the file does not say."""
+    of: str
+    """Whose capacity it is, as the subject of a sentence."""
+    raise_by: str = ""
+    """The setting that gives more; empty where none can."""
+
+    def advice(self, verb: str) -> str:
+        """What to do about wanting more than this."""
+        return f"{verb} less or raise {self.raise_by}" if self.raise_by else f"{verb} less"
+
+
+def check(config: ClusterConfig, machine: Machine) -> list[Finding]:
+    """Every problem between sections, in the order of the file; empty when the config can run."""
+    return [
+        *_check_workers(config, machine),
+        *_check_serve_access(config),
+        *_check_reserve(config, machine),
+        *_check_target(config),
+    ]
+
+
+def notes(config: ClusterConfig) -> list[str]:
+    """Settings that were read and checked but that nothing acts on yet, as sentences.
+
+    Only what the file or an override sets is named, never a default; so call it on what ``load`` returned.
+    """
+    waiting = []
+    if config.target != "local":
+        waiting.append(f"target: only local can be started so far, not {config.target}")
+    waiting += [
+        f"targets.{kind}: checked" for kind in ("onprem", "k8s") if kind in config.targets.model_fields_set
+    ]
+    waiting += [
+        f"{section}.{field}: checked"
+        for section, field in (
+            ("train", "priority"),
+            ("tune", "priority"),
+            ("serve", "priority"),
+            ("serve", "reserve"),
+        )
+        if field in getattr(config, section).model_fields_set
+    ]
+    waiting += [
+        f"pools.{name}.{field}: checked"
+        for name, pool in config.pools.items()
+        for field in ("spot", "idle")
+        if field in pool.model_fields_set
+    ]
+    return [note if note.startswith("target:") else f"{note}, but nothing acts on it yet" for note in waiting]
+
+
+def _check_workers(config: ClusterConfig, machine: Machine) -> Iterator[Finding]:
+    pool, workers = config.train.pool, config.train.workers
+    if pool is not None and pool not in config.pools:
+        known = f"pools are {', '.join(sorted(config.pools))}" if config.pools else "the file has no pools"
+        near = difflib.get_close_matches(pool, config.pools, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        problem = Problem("train.pool", f"no such pool; {known}{hint}", repr(pool))
+        yield Finding(problem, ("train.pool", f"pools.{pool}"))
+        return
+    capacity = _pool_capacity(config, machine, pool)
+    per_gpu = capacity.gpus > 0 and pool is not None
+    most = capacity.gpus if per_gpu else int(capacity.cpus)
+    # On this machine a range may reach beyond what there is: the file describes a larger cluster too.
+    wanted = workers.min if config.target == "local" else workers.max
+    if wanted > most:
+        has = count(most, "GPU" if per_gpu else "CPU")
+        message = (
+            f"{count(wanted, 'worker')} can never run: {capacity.of} has {has}, one for each worker; "
+            f"{capacity.advice('ask for')}"
+        )
+        reads = ("train.workers", "train.pool", "pools", "head", "target", "targets.local")
+        yield Finding(Problem("train.workers", message, str(workers)), reads)
+
+
+def _check_serve_access(config: ClusterConfig) -> Iterator[Finding]:
+    if not is_loopback(config.serve.host) and config.serve.keys_file is None:
+        message = "others could reach the apps without a key; set serve.keys_file, or bind 127.0.0.1"
+        problem = Problem("serve.host", message, repr(config.serve.host))
+        yield Finding(problem, ("serve.host", "serve.keys_file"))
+
+
+def _check_reserve(config: ClusterConfig, machine: Machine) -> Iterator[Finding]:
+    reserve, capacity = config.serve.reserve, _cluster_capacity(config, machine)
+    reads = ("serve.reserve", "pools", "head", "target", "targets.local")
+    for field, wanted, most in (
+        ("cpu", reserve.cpu, capacity.cpus),
+        ("gpu", reserve.gpu, capacity.gpus),
+        ("memory", reserve.memory, capacity.memory_bytes),
+    ):
+        if field != "cpu" and config.target == "local":
+            capacity = replace(capacity, raise_by="")  # only CPUs can be more than the machine has
+        if most is not None and wanted > most:
+            is_memory = field == "memory"
+            has = f"{most / 2**30:.1f}Gi" if is_memory else count(most, field.upper())
+            message = f"more than there is: {capacity.of} has {has} in all; {capacity.advice('reserve')}"
+            shown = str(wanted) if is_memory else f"{wanted:g}"
+            yield Finding(Problem(f"serve.reserve.{field}", message, shown), reads)
+
+
+def _check_target(config: ClusterConfig) -> Iterator[Finding]:
+    if config.target != "local" and getattr(config.targets, config.target) is None:
+        message = f"this target needs its settings; add targets.{config.target}, or choose local"
+        problem = Problem("target", message, repr(config.target))
+        yield Finding(problem, ("target", f"targets.{config.target}"))
+
+
+def _pool_capacity(config: ClusterConfig, machine: Machine, pool: str | None) -> _Capacity:
+    if pool is None:
+        return _cluster_capacity(config, machine)
+    if config.target == "local":
+        here = plan_local(config, machine).pools[pool]
+        if not here.num_gpus:
+            return _cluster_capacity(config, machine)
+        return _Capacity(here.num_cpus, here.num_gpus, machine.memory_bytes, f"pool {pool} on this machine")
+    spec = config.pools[pool]
+    memory = spec.nodes.max * spec.memory if spec.memory is not None else None
+    return _Capacity(spec.max_cpus, spec.max_gpus, memory, f"pool {pool}", f"pools.{pool}.nodes")
+
+
+def _cluster_capacity(config: ClusterConfig, machine: Machine) -> _Capacity:
+    if config.target == "local":
+        plan = plan_local(config, machine)
+        return _Capacity(plan.cpus, plan.gpus, plan.memory_bytes, "target local", "targets.local.cpu")
+    pools = config.pools.values()
+    memories = [pool.nodes.max * pool.memory for pool in pools if pool.memory is not None]
+    return _Capacity(
+        cpus=config.head.cpu + sum(pool.max_cpus for pool in pools),
+        gpus=sum(pool.max_gpus for pool in pools),
+        memory_bytes=config.head.memory + sum(memories) if len(memories) == len(pools) else None,
+        of="the cluster",
+        raise_by="the nodes of a pool",
+    )
