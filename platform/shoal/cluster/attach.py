@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,15 +32,14 @@ def attach(info: ClusterInfo, *, timeout_s: float = ATTACH_DEADLINE_S) -> None:
     """
     with _lock:
         check_versions(info)
-        import ray
-
-        if ray.is_initialized():
-            _check_same_cluster(info)
+        if _is_attached(info):
             return
         if not info.is_alive():
             raise ClusterError(f"cluster {info.name!r} of {info.project} no longer runs. Start it: shoal up")
         os.environ.update(driver_environment(info))
-        ray_edge.forget_cached_token()
+        import ray
+
+        ray_edge.prepare_driver()
         with _connect_timeout(timeout_s):
             try:
                 ray.init(
@@ -65,15 +65,18 @@ def detach() -> None:
         ray.shutdown()
 
 
-def _check_same_cluster(info: ClusterInfo) -> None:
-    import ray
-
+def _is_attached(info: ClusterInfo) -> bool:
+    """Whether this process is attached to that cluster; one that has not imported Ray is attached to none."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return False
     there = ray.get_runtime_context().gcs_address
     if there != info.address:
         raise ClusterError(
             f"this process is attached to the Ray cluster at {there}, not to {info.name!r} at {info.address}. "
             f"A process has one cluster at a time: leave that one with ray.shutdown(), or use another process."
         )
+    return True
 
 
 @contextmanager

@@ -49,7 +49,7 @@ NUM_REPLICA_GRPC_PORTS = 32
 
 HEAD_PROCESSES = {"gcs_server": "gcs", "raylet": "raylet"}
 """Process name of what makes a head node: role. Without either there is no cluster."""
-CONNECT_TIMEOUT_VARIABLE = "RAY_gcs_rpc_server_connect_timeout_s"
+CONNECT_TIMEOUT_VARIABLE = "RAY_gcs_server_port_wait_time_s"
 """Seconds that ``ray.init`` waits for a GCS."""
 HAPROXY_LAUNCHER = "haproxy-launch"
 """File in a cluster's folder that Serve starts as HAProxy."""
@@ -197,10 +197,17 @@ def installed_ray_version() -> str:
     return importlib.metadata.version("ray")
 
 
-def forget_cached_token() -> None:
-    """Make Ray read the token file again; it keeps the first token for the life of a process."""
-    from ray._raylet import AuthenticationTokenLoader
+def prepare_driver() -> None:
+    """Make this process's Ray follow the environment as it is now, even if Ray was imported before it was set.
 
+    Ray decides at import whether to authenticate and whether to replace 127.0.0.1 by the machine's address, and
+    keeps the first token it read. A notebook that began with ``import ray`` could not attach.
+    """
+    from ray._private import ray_constants
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    Config.initialize("")  # before the token: a thread that loads it must not see the old mode
     AuthenticationTokenLoader.instance().reset_cache()
 
 
