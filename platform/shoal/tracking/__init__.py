@@ -3,7 +3,27 @@
 Importing this loads neither MLflow nor Ray nor pandas.
 """
 
+from shoal.tracking.actor import TrackerClient, ensure_tracker, open_registry
 from shoal.tracking.journal import Event, Folded, RunState, derive_state
 from shoal.tracking.record import RunRecord, check_run_name, list_runs
+from shoal.tracking.registry import RegisteredModel, Registry, ResolvedModel, parse_spec
+from shoal.tracking.tracker import Tracker, TrackerStatus
 
-__all__ = ["Event", "Folded", "RunRecord", "RunState", "check_run_name", "derive_state", "list_runs"]
+__all__ = [
+    "Event",
+    "Folded",
+    "RegisteredModel",
+    "Registry",
+    "ResolvedModel",
+    "RunRecord",
+    "RunState",
+    "Tracker",
+    "TrackerClient",
+    "TrackerStatus",
+    "check_run_name",
+    "derive_state",
+    "ensure_tracker",
+    "list_runs",
+    "open_registry",
+    "parse_spec",
+]

@@ -23,6 +23,8 @@ Event = dict[str, Any]
 """One journal line."""
 
 KINDS = frozenset({"start", "metrics", "eval", "checkpoint", "rejected", "warning", "end"})
+_MAX_TEXT = 40_000
+"""Characters of a text; a line has at most a megabyte, and a character takes up to 6 bytes of JSON."""
 END_STATES = frozenset({"finished", "stopped", "failed"})
 
 
@@ -113,6 +115,9 @@ def encode(kind: str, *, t: float, attempt: int, fields: Mapping[str, Any]) -> s
     if reserved := {"t", "kind", "attempt"} & fields.keys():
         raise InternalError(f"journal fields {sorted(reserved)} are set by the journal itself")
     line: Event = {"t": t, "kind": kind, "attempt": attempt, **fields}
+    for name in ("error", "traceback", "message", "reason"):
+        if isinstance(line.get(name), str):
+            line[name] = line[name][-_MAX_TEXT:]  # the end of a traceback says what went wrong
     if "values" in line:
         line["values"] = {str(name): _to_json(value) for name, value in line["values"].items()}
     try:

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 _RUN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}")
 _CHUNK_BYTES = 1 << 20
+_CANCELLED = b"\x18"
+"""Ends a line that its writer did not finish before it was killed; see `shoal.storage.journal`."""
 
 
 class RunRecord:
@@ -154,7 +156,7 @@ class RunRecord:
         for line in complete.splitlines():
             if (event := parse(line)) is not None:
                 events.append(event)
-            elif line.strip():
+            elif line.strip() and not line.endswith(_CANCELLED):
                 logger.warning("run %s: skipped a journal line that cannot be read: %.80r", self.name, line)
         return events, start + len(complete)
 

@@ -1,0 +1,196 @@
+"""The only module that speaks to MLflow. Its errors leave here as shoal's.
+
+One process per storage may open MLflow's sqlite store: several that migrate a new one at once crash
+(MLflow 3.17, four processes, three crashed).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from shoal.errors import NotFoundError, RequestError, ShoalError, TrackingError
+from shoal.tracking.delivery import Batch
+
+JOURNAL_TAG = "shoal.journal"
+
+_REQUEST_TIMEOUT_S = 5
+_PAGE = 1000
+_STATUS = {
+    "running": "RUNNING",
+    "finished": "FINISHED",
+    "stopped": "KILLED",
+    "interrupted": "KILLED",
+    "failed": "FAILED",
+}
+
+
+def quiet_environment(environ: Any = os.environ) -> None:
+    """Set what MLflow reads from the environment: no telemetry, and short waits for a server that is gone.
+
+    Waits that the user chose are kept.
+    """
+    environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    environ["DO_NOT_TRACK"] = "true"
+    environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(_REQUEST_TIMEOUT_S))
+    environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+    environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_JITTER", "0")
+
+
+class MlflowStore:
+    """Runs and model versions in MLflow at ``uri``. Making one imports MLflow (2 s) and may migrate (5 s).
+
+    Every method may be repeated and used from any thread. All raise TrackingError when MLflow does not
+    answer, NotFoundError when it does not know the run, model or version, RequestError when it refuses.
+    """
+
+    def __init__(self, uri: str, *, artifacts_dir: Path) -> None:
+        quiet_environment()
+        self.uri = without_credentials(uri)
+        self._raw_uri = uri
+        self._is_server = uri.startswith(("http://", "https://"))
+        self._artifacts_dir = artifacts_dir
+        if uri.startswith("sqlite:///"):
+            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        from mlflow.tracking import MlflowClient
+
+        with self.translated():
+            self.client = MlflowClient(uri, uri)
+            self.client.search_experiments(max_results=1)
+
+    @contextmanager
+    def translated(self) -> Iterator[None]:
+        """Raise MLflow's errors, and those of the libraries below it, as shoal's."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            yield
+        except ShoalError:
+            raise
+        except MlflowException as error:
+            message = _without_secret(str(error), self._raw_uri, self.uri)
+            code = getattr(error, "error_code", "")
+            if code == "RESOURCE_DOES_NOT_EXIST":
+                raise NotFoundError(message) from error
+            if code == "INVALID_PARAMETER_VALUE":
+                raise RequestError(f"MLflow at {self.uri} refused: {message}") from error
+            raise self._trouble(message) from error
+        except Exception as error:  # sqlalchemy, requests, alembic: whatever the store is made of
+            raise self._trouble(_without_secret(repr(error), self._raw_uri, self.uri)) from error
+
+    # Runs
+
+    def ensure_run(
+        self, *, experiment: str, name: str, journal: str, start_ms: int, tags: Mapping[str, str]
+    ) -> str:
+        """The MLflow run of the journal with this id; made if there is none, found again after a crash."""
+        with self.translated():
+            experiment_id = self._ensure_experiment(experiment)
+            found = self.client.search_runs(
+                [experiment_id],
+                filter_string=f"tags.`{JOURNAL_TAG}` = '{journal}'",
+                run_view_type=3,
+                max_results=1,
+            )
+            if found:
+                return str(found[0].info.run_id)
+            created = self.client.create_run(
+                experiment_id, start_time=start_ms, tags={**tags, JOURNAL_TAG: journal}, run_name=name
+            )
+            return str(created.info.run_id)
+
+    def is_active(self, run_id: str) -> bool:
+        """Whether the run takes more entries: it exists and nobody deleted it in MLflow."""
+        try:
+            with self.translated():
+                return bool(self.client.get_run(run_id).info.lifecycle_stage == "active")
+        except NotFoundError:
+            return False
+
+    def log(self, run_id: str, batch: Batch) -> None:
+        """Deliver one batch. Entries that are there already stay as they are."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        with self.translated():
+            self.client.log_batch(
+                run_id,
+                metrics=[
+                    Metric(key, value, timestamp, step) for key, value, timestamp, step in batch.metrics
+                ],
+                params=[Param(key, value) for key, value in batch.params],
+                tags=[RunTag(key, value) for key, value in batch.tags],
+            )
+
+    def set_state(self, run_id: str, state: str, *, end_ms: int) -> None:
+        """Show the run's state, in MLflow's words and, as the tag ``shoal.state``, in ours."""
+        with self.translated():
+            self.client.set_tag(run_id, "shoal.state", state)
+            status = _STATUS[state]
+            if status == "RUNNING":
+                self.client.update_run(run_id, status=status)
+            else:
+                self.client.set_terminated(run_id, status=status, end_time=end_ms)
+
+    def log_text(self, run_id: str, text: str, path: str) -> bool:
+        """Keep ``text`` as an artifact; False where the server keeps them in a folder of its own machine."""
+        with self.translated():
+            where = self.client.get_run(run_id).info.artifact_uri
+            if self._is_server and (where.startswith(("/", "file:", ".")) or "://" not in where):
+                return False  # MLflow would write that path on *this* machine
+            self.client.log_text(run_id, text, path)
+            return True
+
+    def _ensure_experiment(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is None:
+            slug = re.sub(r"[^\w.-]", "_", name)
+            location = None if self._is_server else (self._artifacts_dir / slug).as_uri()
+            try:
+                return str(self.client.create_experiment(name, artifact_location=location))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                experiment = self.client.get_experiment_by_name(name)
+        if experiment.lifecycle_stage != "active":
+            self.client.restore_experiment(experiment.experiment_id)
+        return str(experiment.experiment_id)
+
+    # Model versions
+
+    def all_pages(self, search: Callable[..., Any], filter_string: str | None = None) -> list[Any]:
+        """Every result of one of MLflow's searches for models or versions."""
+        found: list[Any] = []
+        token = None
+        with self.translated():
+            while True:
+                page = search(filter_string=filter_string, max_results=_PAGE, page_token=token)
+                found += page
+                token = page.token
+                if not token:
+                    return found
+
+    def _trouble(self, message: str) -> TrackingError:
+        first = message.strip().splitlines()[0][:500] if message.strip() else "no reason given"
+        check = "is the server up, and is `tracking:` in cluster.yaml its URL?"
+        if not self._is_server:
+            check = "is the disk full, or the file held by another process?"
+        return TrackingError(f"tracking at {self.uri} does not answer: {first} ({check})")
+
+
+def without_credentials(uri: str) -> str:
+    """``uri`` without user and password, for messages."""
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
+def _without_secret(text: str, raw_uri: str, shown_uri: str) -> str:
+    text = text.replace(raw_uri, shown_uri)
+    if (secret := re.search(r"//([^/@]+)@", raw_uri)) is not None:
+        text = text.replace(secret.group(1), "***")
+    return text
