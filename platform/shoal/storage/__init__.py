@@ -16,7 +16,7 @@ from shoal.storage.commit import (
 )
 from shoal.storage.disk import Disk
 from shoal.storage.files import create_json, read_json, write_json
-from shoal.storage.journal import MAX_LINE_BYTES, append_line, read_lines, read_lines_from
+from shoal.storage.journal import MAX_LINE_BYTES, append_line, read_lines
 from shoal.storage.layout import MIN_FREE_BYTES, Storage
 from shoal.storage.lock import FileLock
 
@@ -37,7 +37,6 @@ __all__ = [
     "newest_verified",
     "read_json",
     "read_lines",
-    "read_lines_from",
     "verify",
     "write_json",
 ]

@@ -9,18 +9,23 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import logging
 import os
 import re
 import stat
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shoal.errors import CorruptError, StorageError
-from shoal.storage.disk import DIRECTORY_MODE, LOCAL_DISK, Disk, make_directories, storage_error
+from shoal.storage.disk import (
+    DIRECTORY_MODE,
+    LOCAL_DISK,
+    Disk,
+    make_directories,
+    remove_quietly,
+    storage_error,
+)
 from shoal.storage.owner import is_abandoned, temporary_path
 
 MANIFEST = "MANIFEST.json"
@@ -28,7 +33,6 @@ MAX_MANIFEST_BYTES = 16 * 2**20
 FORMAT = 1
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def commit(
         manifest = _seal(temporary, meta, disk)
         disk.publish_directory(temporary, directory)
     except BaseException as error:
-        _remove_quietly(temporary, disk)
+        remove_quietly(temporary, disk)
         if not isinstance(error, OSError):
             raise
         if os.path.lexists(directory) and error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
@@ -182,7 +186,7 @@ def collect_orphans(parent: Path, *, disk: Disk = LOCAL_DISK) -> list[Path]:
         return []
     except OSError as error:
         raise storage_error("list", parent, error) from error
-    return [path for path in sorted(candidates) if _remove_quietly(path, disk)]
+    return [path for path in sorted(candidates) if remove_quietly(path, disk)]
 
 
 def parse_manifest(content: bytes, directory: Path) -> Manifest:
@@ -304,19 +308,6 @@ def _measure(path: Path) -> FileEntry:
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb", buffering=0) as file:
         digest = hashlib.file_digest(file, "sha256")
         return FileEntry(file.tell(), digest.hexdigest())
-
-
-def _remove_quietly(path: Path, disk: Disk) -> bool:
-    """Best effort; says whether it is gone, and logs what it left behind."""
-    with suppress(FileNotFoundError):
-        try:
-            disk.remove(path)
-        except FileNotFoundError:
-            raise
-        except OSError:
-            _log.warning("could not delete %s; it is unfinished and not used", path, exc_info=True)
-            return False
-    return True
 
 
 def _damaged(directory: Path, reason: str) -> CorruptError:

@@ -7,6 +7,7 @@ implements the same calls.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -73,6 +74,7 @@ class Disk:
 
 
 LOCAL_DISK = Disk()
+_log = logging.getLogger(__name__)
 
 
 def make_directories(path: Path, disk: Disk = LOCAL_DISK) -> None:
@@ -87,6 +89,18 @@ def make_directories(path: Path, disk: Disk = LOCAL_DISK) -> None:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
         return  # another process was first
     disk.sync_directory(path.parent)
+
+
+def remove_quietly(path: Path, disk: Disk = LOCAL_DISK) -> bool:
+    """Best effort; says whether ``path`` is gone, and logs what it left behind."""
+    try:
+        disk.remove(path)
+    except FileNotFoundError:  # somebody else removes it too
+        return not path.exists()
+    except OSError:
+        _log.warning("could not delete %s; it is unfinished and not used", path, exc_info=True)
+        return False
+    return True
 
 
 def storage_error(action: str, path: Path, error: OSError) -> StorageError:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import CorruptError, NotFoundError
-from shoal.storage.disk import LOCAL_DISK, Disk, make_directories, storage_error
+from shoal.storage.disk import LOCAL_DISK, Disk, make_directories, remove_quietly, storage_error
 from shoal.storage.owner import temporary_path
 
 MAX_JSON_BYTES = 64 * 2**20
@@ -74,7 +74,7 @@ def _write_then(publish: Callable[[Path, Path], None], path: Path, value: Any, d
             disk.write_file(temporary, content)
             publish(temporary, path)
         finally:
-            disk.remove(temporary)
+            remove_quietly(temporary, disk)
         disk.sync_directory(path.parent)
     except FileExistsError:
         raise

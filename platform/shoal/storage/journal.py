@@ -53,27 +53,18 @@ def read_lines(path: Path) -> list[str]:
     """All whole lines of ``path``, without their newlines; none when there is no such file.
 
     Torn lines are left out, the one at the end included; bytes that are not UTF-8 show as U+FFFD.
-    """
-    return read_lines_from(path, 0)[0]
-
-
-def read_lines_from(path: Path, offset: int) -> tuple[list[str], int]:
-    """The whole lines behind byte ``offset`` and the offset behind them, to go on from next time.
 
     Raises:
         StorageError: the file cannot be read.
     """
     try:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            content = file.read()
+        content = path.read_bytes()
     except FileNotFoundError:
-        return [], offset
+        return []
     except OSError as error:
         raise storage_error("read", path, error) from error
-    whole = content[: content.rfind(b"\n") + 1]
-    lines = whole.split(b"\n")[:-1]
-    return [line.decode(errors="replace") for line in lines if _is_intact(line)], offset + len(whole)
+    lines = content.split(b"\n")[:-1]  # what follows the last newline is torn, or still being written
+    return [line.decode(errors="replace") for line in lines if _is_intact(line)]
 
 
 def _is_intact(line: bytes) -> bool:

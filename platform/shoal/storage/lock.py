@@ -19,7 +19,7 @@ from shoal.storage.disk import FILE_MODE, make_directories, storage_error
 
 _POLL_S = 0.05
 _GRACE_S = 0.2
-"""Even a single try outlasts somebody who only looks whether the lock is held, which takes it for a moment."""
+"""Even a single try outlasts somebody who looks whether the lock is held, and takes it for a moment."""
 _MAX_OWNER_BYTES = 4096
 
 
