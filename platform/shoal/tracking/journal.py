@@ -24,7 +24,7 @@ Event = dict[str, Any]
 
 KINDS = frozenset({"start", "metrics", "eval", "checkpoint", "rejected", "warning", "end"})
 _MAX_TEXT = 40_000
-"""Characters of a text; a line has at most a megabyte, and a character takes up to 6 bytes of JSON."""
+"""Characters of a text; a line has at most a megabyte, and a character takes up to 12 bytes of JSON."""
 END_STATES = frozenset({"finished", "stopped", "failed"})
 
 

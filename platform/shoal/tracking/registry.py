@@ -1,7 +1,7 @@
 """Models, versions and aliases: MLflow knows which there are, storage holds their files.
 
 A version is *reserved* in MLflow (which gives the number), then its directory is written by the client,
-then it is *marked ready*. Only ready versions are seen, so a crash between the steps leaves nothing to stumble
+then it is *marked ready*. Only ready versions are seen, so a crash between the steps leaves nothing to trip
 over; what it leaves behind is collected by a later registration, once the writer is dead.
 """
 

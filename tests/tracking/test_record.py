@@ -1,0 +1,199 @@
+"""A run's record on storage."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import subprocess
+import sys
+import threading
+
+import pytest
+from shoal.errors import IdentityError, NotFoundError, RequestError
+from shoal.storage import FileLock, Storage
+from shoal.tracking import RunRecord, RunState, list_runs
+
+IDENTITY = {"recipe": "jobs.digits:Digits", "fields": {"lr": 1e-3, "hidden": (64, 64)}, "seed": 0}
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return Storage(tmp_path)
+
+
+@pytest.fixture
+def record(storage):
+    ticks = itertools.count(100)
+    return RunRecord(storage, "digits-1", clock=lambda: float(next(ticks)))
+
+
+@pytest.mark.parametrize("name", ["a", "digits-0a1b2c3d", "x" * 80, "0.a_b-c", "a..b"])
+def test_names_that_may_name_a_run(storage, name):
+    assert RunRecord(storage, name).dir.parent == storage.runs_dir
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../x", "a/b", "A", "-a", "_a", "x" * 81, "a\n", "a b", "ä", "a\0", None]
+)
+def test_names_that_may_not(storage, name):
+    with pytest.raises(RequestError, match="cannot name a run"):
+        RunRecord(storage, name)
+    assert not storage.runs_dir.exists()
+
+
+def test_identity_is_claimed_once(record, storage):
+    assert record.identity() is None
+    assert record.claim_identity(IDENTITY)
+    assert not RunRecord(storage, "digits-1").claim_identity({**IDENTITY})
+    assert record.identity()["fields"] == {"lr": 1e-3, "hidden": [64, 64]}
+
+
+def test_another_identity_is_refused_with_every_difference(record):
+    record.claim_identity(IDENTITY)
+    other = {"recipe": "jobs.digits:Digits", "fields": {"lr": 0.1, "depth": 2}, "seed": True}
+    with pytest.raises(IdentityError) as caught:
+        record.claim_identity(other)
+    text = str(caught.value)
+    assert "fields.lr: it has 0.001, you asked for 0.1" in text
+    assert "fields.hidden: it has [64, 64], you asked for nothing" in text
+    assert "fields.depth: it has nothing, you asked for 2" in text
+    assert "seed: it has 0, you asked for true" in text
+    assert "recipe" not in text
+    assert "--name" in text
+    assert record.identity()["seed"] == 0
+
+
+def test_of_many_claims_at_once_one_is_fresh(storage):
+    fresh = []
+    barrier = threading.Barrier(8)
+
+    def claim():
+        barrier.wait()
+        fresh.append(RunRecord(storage, "same").claim_identity(IDENTITY))
+
+    threads = [threading.Thread(target=claim) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(fresh) == [False] * 7 + [True]
+
+
+def test_lines_carry_time_and_attempt_also_those_of_another_process(record, storage):
+    driver = RunRecord(storage, "digits-1", clock=lambda: 7.0)
+    driver.append("warning", message="waiting for room")
+    record.append("start", step=0, target_steps=10)
+    record.append("metrics", step=1, values={"loss": 1.0})
+    record.append("start", step=0, target_steps=12)
+    driver.append("end", step=1, state="failed", error="lost")
+    assert [(event["kind"], event["attempt"]) for event in record.events()] == [
+        ("warning", 1),
+        ("start", 1),
+        ("metrics", 1),
+        ("start", 2),
+        ("end", 2),
+    ]
+    assert [event["t"] for event in record.events(["start"])] == [100.0, 102.0]
+    assert (driver.attempt, driver.step, driver.target_steps) == (2, 1, 12)
+
+
+def test_state_watches_the_lock(record):
+    assert record.state() is RunState.NEW
+    record.append("start", step=0, target_steps=3)
+    assert record.state() is RunState.INTERRUPTED
+    with FileLock(record.lock_path):
+        assert record.state() is RunState.RUNNING
+    record.append("end", step=3, state="finished", error="")
+    assert record.state() is RunState.FINISHED
+
+
+def test_damage_in_the_middle_costs_only_its_own_line(record, caplog):
+    record.append("metrics", step=1, values={"loss": 1.0})
+    with record.journal_path.open("ab") as journal:
+        journal.write(b'{"kind": "metrics", "st\x00\xff\n{"kind": "metr')  # and torn at the end
+    assert [event["step"] for event in record.events()] == [1]
+    record.append("metrics", step=2, values={"loss": 0.5})
+    assert [event["step"] for event in record.events()] == [1, 2]
+    assert "cannot be read" in caplog.text
+
+
+def test_events_since_gives_each_line_once_however_it_was_cut(record, monkeypatch):
+    for step in range(50):
+        record.append("metrics", step=step, values={"loss": step / 7})
+    content = record.journal_path.read_bytes()
+    monkeypatch.setattr("shoal.tracking.record._CHUNK_BYTES", 100)  # less than two lines
+    record.journal_path.write_bytes(b"")
+    seen, offset = [], 0
+    with record.journal_path.open("ab", buffering=0) as journal:
+        for start in range(0, len(content), 37):
+            journal.write(content[start : start + 37])
+            events, offset = record.events_since(offset)
+            seen += events
+    while True:
+        events, end = record.events_since(offset)
+        if end == offset:
+            break
+        seen, offset = seen + events, end
+    assert [event["step"] for event in seen] == list(range(50))
+    assert [event["step"] for event in record.events()] == list(range(50))
+    assert offset == len(content)
+
+
+def test_a_run_made_anew_under_the_same_name_starts_over(record):
+    record.append("start", step=0, target_steps=9)
+    record.append("metrics", step=9, values={"loss": 1.0})
+    assert record.step == 9
+    record.journal_path.unlink()
+    assert (record.attempt, record.step) == (0, 0)
+    record.append("start", step=0, target_steps=5)
+    assert (record.attempt, record.step, record.target_steps) == (1, 0, 5)
+
+
+def test_best_checkpoint_is_one_that_still_exists(record):
+    for step, accuracy in ((1, 0.9), (2, 0.7), (3, 0.8)):
+        path = f"checkpoints/step-{step:010}"
+        record.append("checkpoint", step=step, path=path, size_bytes=1, values={"accuracy": accuracy})
+        record.append("eval", step=step, split="val", values={"accuracy": accuracy})
+        record.append("eval", step=step, split="test", values={"accuracy": 1.0 - accuracy})
+        if step > 1:
+            (record.dir / path).mkdir(parents=True)
+    assert record.best("accuracy", "max")["step"] == 1
+    assert record.best_checkpoint("accuracy", "max")["step"] == 3
+    assert record.last_eval("val") == {"accuracy": 0.8}
+    assert record.last_eval("train") is None
+    assert list(record.metrics_frame().columns) == ["val_accuracy", "test_accuracy"]
+
+
+def test_a_stop_is_asked_for_until_it_is_cleared(record, storage):
+    with pytest.raises(NotFoundError, match="shoal runs"):
+        record.mark_stop()
+    record.claim_identity(IDENTITY)
+    record.mark_stop()
+    record.mark_stop()
+    assert RunRecord(storage, "digits-1").stop_requested()
+    record.clear_stop()
+    record.clear_stop()
+    assert not record.stop_requested()
+
+
+def test_list_runs_has_those_with_an_identity_oldest_first(storage):
+    assert list_runs(storage) == []
+    for name in ("b", "a"):
+        RunRecord(storage, name).claim_identity(IDENTITY)
+    RunRecord(storage, "unborn").append("warning", message="no identity")
+    (storage.runs_dir / "Not A Run").mkdir()
+    (storage.runs_dir / "Not A Run" / "identity.json").touch()
+    assert [record.name for record in list_runs(storage)] == ["b", "a"]
+
+
+def test_a_record_travels(record):
+    record.claim_identity(IDENTITY)
+    assert pickle.loads(pickle.dumps(record)).identity() == record.identity()
+
+
+def test_importing_tracking_loads_nothing_heavy():
+    code = "import sys, shoal.tracking as _; print({'mlflow', 'pandas', 'ray', 'torch'} & sys.modules.keys() or '[]')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.strip() == "[]"
