@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from shoal.config.local import count, plan_local
 from shoal.config.machine import Machine
-from shoal.config.sections import ClusterConfig, is_loopback
+from shoal.config.sections import NOT_YET, ClusterConfig, Section, is_loopback
 from shoal.errors import Problem
 
 
@@ -59,36 +59,32 @@ def notes(config: ClusterConfig) -> list[str]:
 
     Only what the file or an override sets is named, never a default; so call it on what ``load`` returned.
     """
-    waiting = []
+    found = [f"{path}: checked, but nothing acts on it yet" for path in _fields_not_yet("", config)]
     if config.target != "local":
-        waiting.append(f"target: only local can be started so far, not {config.target}")
-    waiting += [
-        f"targets.{kind}: checked" for kind in ("onprem", "k8s") if kind in config.targets.model_fields_set
-    ]
-    waiting += [
-        f"{section}.{field}: checked"
-        for section, field in (
-            ("train", "priority"),
-            ("tune", "priority"),
-            ("serve", "priority"),
-            ("serve", "reserve"),
-        )
-        if field in getattr(config, section).model_fields_set
-    ]
-    waiting += [
-        f"pools.{name}.{field}: checked"
-        for name, pool in config.pools.items()
-        for field in ("spot", "idle")
-        if field in pool.model_fields_set
-    ]
-    return [note if note.startswith("target:") else f"{note}, but nothing acts on it yet" for note in waiting]
+        found.insert(0, f"target: {config.target} is checked, but only local can be started yet")
+    return found
+
+
+def _fields_not_yet(path: str, section: Section) -> Iterator[str]:
+    """Dotted paths of the fields marked ``NOT_YET`` that someone set."""
+    for name, field in type(section).model_fields.items():
+        if name not in section.model_fields_set:
+            continue
+        value, extra = getattr(section, name), field.json_schema_extra
+        if isinstance(extra, dict) and extra.get(NOT_YET):
+            yield f"{path}{name}"
+        elif isinstance(value, Section):
+            yield from _fields_not_yet(f"{path}{name}.", value)
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                yield from _fields_not_yet(f"{path}{name}.{key}.", inner)
 
 
 def _check_workers(config: ClusterConfig, machine: Machine) -> Iterator[Finding]:
     pool, workers = config.train.pool, config.train.workers
     if pool is not None and pool not in config.pools:
         known = f"pools are {', '.join(sorted(config.pools))}" if config.pools else "the file has no pools"
-        near = difflib.get_close_matches(pool, config.pools, n=1)
+        near = difflib.get_close_matches(pool, config.pools, n=1, cutoff=0.7)  # gpu is not a misspelt cpu
         hint = f"; did you mean {near[0]}?" if near else ""
         problem = Problem("train.pool", f"no such pool; {known}{hint}", repr(pool))
         yield Finding(problem, ("train.pool", f"pools.{pool}"))

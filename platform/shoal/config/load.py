@@ -122,7 +122,8 @@ def _repair(values: dict[Any, Any], error: ErrorDetails) -> None:
 
 
 def _problem(error: ErrorDetails, keys: Keys, document: Document) -> Problem:
-    value = "" if error["type"] == "missing" or "[key]" in error["loc"] else _shown(error["input"])
+    about_key = error["type"] in ("missing", "invalid_key") or "[key]" in error["loc"]
+    value = "" if about_key else _shown(error["input"])
     return Problem(".".join(keys), _message(error, keys), value, document.origin(keys))
 
 

@@ -1,6 +1,6 @@
 """The config's documentation, from its docstrings: a JSON Schema for editors, a page for people.
 
-``python -m shoal.config.reference`` prints ``docs/cluster-yaml.md``, and a test compares the two.
+``python -m shoal.config`` prints ``docs/cluster-yaml.md``, and a test compares the two.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
 
-from shoal.config.sections import ClusterConfig
+from shoal.config.sections import NOT_YET, ClusterConfig
 from shoal.config.values import Gpus, Range
 
 _INTRODUCTION = """\
@@ -27,6 +27,8 @@ It is found in the current folder or the nearest one above it. `version` and `na
 - **Checks.** `shoal check` reports every problem at once, between sections too, for the chosen target.
 - **Editors.** `shoal check --schema` writes `.shoal/cluster.schema.json`, named in the example's first line.
 """
+
+_NOT_YET_REMARK = "*Checked, but nothing acts on it yet.*"
 
 
 class _SchemaWriter(GenerateJsonSchema):
@@ -66,7 +68,8 @@ def _tables(path: str, section: dict[str, Any], definitions: dict[str, Any]) -> 
             default = "required" if required else _default(field.get("default"))
         # pydantic leaves a field's description out where it is the same as its section's.
         description = field.get("description") or (target or {})["description"]
-        lines.append(f"| `{name}` | {default} | {' '.join(description.split())} |")
+        words = description.split() + ([_NOT_YET_REMARK] if NOT_YET in field else [])
+        lines.append(f"| `{name}` | {default} | {' '.join(words)} |")
     return [*lines, "", *inner]
 
 
@@ -84,7 +87,3 @@ def _default(value: object) -> str:
     if value is None:
         return "unset"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
-
-
-if __name__ == "__main__":
-    print(reference_page(), end="")

@@ -25,10 +25,14 @@ from shoal.config.values import AtLeast, Duration, Gpus, Range, Size
 # A DNS label: Kubernetes names, Ray resource names and environment variables all accept it.
 Name = Annotated[str, StringConstraints(pattern="^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$")]
 Count = Annotated[int, Field(ge=1)]
-Priority = Annotated[int, Field(ge=0, le=1000)]
 PositiveRange = Annotated[Range, AtLeast(1)]
 PositiveSize = Annotated[Size, AtLeast(1)]
 PositiveDuration = Annotated[Duration, AtLeast(Duration(0.001))]
+
+NOT_YET = "x-not-yet"
+"""Marks, in the JSON Schema, a field that is read and checked while nothing acts on it."""
+NotYet = Field(json_schema_extra={NOT_YET: True})
+Priority = Annotated[int, Field(ge=0, le=1000), NotYet]
 
 
 def _check(holds: bool, message: str) -> None:
@@ -94,9 +98,9 @@ class Pool(Section):
     """Memory of each machine; unset where it does not matter."""
     gpu: Gpus | None = None
     """GPUs of each machine, as KIND:COUNT or COUNT; unset for none."""
-    spot: bool = False
+    spot: Annotated[bool, NotYet] = False
     """Whether the machines may be taken away at any time, for a lower price."""
-    idle: Duration | None = None
+    idle: Annotated[Duration | None, NotYet] = None
     """How long a machine stays without work before it is given back; unset for never."""
 
     @property
@@ -173,7 +177,7 @@ class Serve(Section):
     """File with API keys, from the folder of cluster.yaml; unset asks for none, on loopback only."""
     priority: Priority = 100
     """Who goes first when the cluster is full; higher wins."""
-    reserve: Reserve = Reserve()
+    reserve: Annotated[Reserve, NotYet] = Reserve()
     """What is never lent to training."""
 
 
@@ -214,9 +218,9 @@ class Targets(Section):
 
     local: LocalTarget = LocalTarget()
     """This machine."""
-    onprem: OnpremTarget | None = None
+    onprem: Annotated[OnpremTarget | None, NotYet] = None
     """Machines that are reached over ssh."""
-    k8s: K8sTarget | None = None
+    k8s: Annotated[K8sTarget | None, NotYet] = None
     """A Kubernetes cluster."""
 
 
@@ -229,7 +233,7 @@ class ClusterConfig(Section):
     """Name of the cluster."""
     head: Head = Head()
     """The machine that coordinates the cluster."""
-    pools: dict[Name, Pool] = {}
+    pools: Annotated[dict[Name, Pool], Field(json_schema_extra={"additionalProperties": False})] = {}
     """Machines that do the work, by name of their kind; without any, the head does it."""
     storage: Annotated[str, AfterValidator(_storage)] = ".shoal"
     """Folder of runs, checkpoints and models, from the folder of cluster.yaml."""

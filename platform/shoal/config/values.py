@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pydantic_core import CoreSchema
 
 # Bounded on purpose: int() refuses more than 4,300 digits with an error of its own.
-_DIGITS = "[0-9]{1,15}"
+_DIGITS = "[0-9]{1,19}"
 _DECIMAL = rf"{_DIGITS}(\.[0-9]{{1,12}})?"
 
 _SIZE_UNITS: Mapping[str, int] = {
@@ -41,6 +41,7 @@ _DURATION_UNITS: Mapping[str, Decimal] = {
     "s": Decimal(1),
     "ms": Decimal("0.001"),
 }
+_MAX_COUNT = 10**9
 _MAX_DURATION_S = 100 * 365 * 86_400
 _MAX_SIZE_BYTES = 2**63 - 1
 
@@ -98,8 +99,8 @@ class Range(_TextValue):
     }
 
     def __post_init__(self) -> None:
-        if self.min < 0:
-            raise RequestError("a range starts at 0 or above")
+        if self.min < 0 or self.max > _MAX_COUNT:
+            raise RequestError(f"a range is within 0..{_MAX_COUNT}")
         if self.min > self.max:
             raise RequestError(f"the range is upside down; write {self.max}..{self.min}")
 
@@ -152,10 +153,10 @@ class Size(int, _TextValue):
         """
         if isinstance(value, int) and not isinstance(value, bool):
             return cls(value)
-        match = re.fullmatch(rf"({_DECIMAL})(.*)", value.strip()) if isinstance(value, str) else None
+        match = re.fullmatch(rf"({_DECIMAL})([^0-9].*)?", value.strip()) if isinstance(value, str) else None
         if match is None:
             raise RequestError("not a size; write a number with a unit, such as 8Gi, or whole bytes")
-        number, unit = match[1], match[3].strip()
+        number, unit = match[1], (match[3] or "").strip()
         if unit and unit not in _SIZE_UNITS:
             near = {known.lower(): known for known in _SIZE_UNITS}.get(unit.lower().removesuffix("b"))
             hint = f"; did you mean {number}{near}?" if near else ""
@@ -239,7 +240,7 @@ class Gpus(_TextValue):
     }
 
     def __post_init__(self) -> None:
-        if self.count < 1:
+        if not 1 <= self.count <= _MAX_COUNT:
             raise RequestError("at least 1 GPU; leave gpu out for machines without")
 
     @classmethod
