@@ -48,6 +48,7 @@ def identity_of(
     """A run's identity: recipe, fields, seed, strategy, precision and starting weights, JSON-able."""
     return {
         "recipe": recipe_ref(recipe),
+        "objective": {"metric": recipe.objective.metric, "mode": recipe.objective.mode},
         "fields": field_values(recipe),
         "seed": seed,
         "strategy": "ddp",

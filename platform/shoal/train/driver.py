@@ -1,0 +1,151 @@
+"""Start a run on a cluster and keep its workers alive, from a thread of the process that asked for it."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from shoal.capacity import Resources
+from shoal.config.values import Range
+from shoal.errors import RequestError, ShoalError
+from shoal.tracking import RunRecord, RunState
+from shoal.train.run import Run
+from shoal.train.spec import RunSpec
+
+if TYPE_CHECKING:
+    from shoal.train.ray_edge import Workers
+
+
+def launch(spec: RunSpec, *, workers: Range, resources_per_worker: Resources, retries: int) -> Run:
+    """Start the run, or go on with it, or return it if it is finished. Returns at once.
+
+    The caller must be attached to a cluster. ``retries`` is how often workers that died are started again.
+
+    Raises:
+        IdentityError: the name belongs to a run with another identity.
+        RequestError: the run is being trained already.
+        StorageError: the storage is full or not writable.
+    """
+    record = prepare(spec)
+    finished = finished_run(spec, record)
+    if finished is not None:
+        return finished
+    record.clear_stop()
+    driver = WorkersDriver(spec, record, workers, resources_per_worker, retries)
+    driver.start()
+    return Run(record, driver=driver)
+
+
+def prepare(spec: RunSpec) -> RunRecord:
+    """Check the storage and give the run its name, before any cluster work.
+
+    Raises:
+        IdentityError, RequestError, StorageError: as in `launch`.
+    """
+    spec.storage.check()
+    record = RunRecord(spec.storage, spec.name)
+    record.claim_identity(spec.identity())
+    if record.is_locked():
+        raise RequestError(
+            f"run {spec.name!r} is being trained already; follow it with `shoal logs {spec.name} -f`, stop it "
+            f"with `shoal stop {spec.name}`, or choose another name"
+        )
+    return record
+
+
+def finished_run(spec: RunSpec, record: RunRecord) -> Run | None:
+    """The run, if it already has as many steps as are asked for."""
+    if record.state() != RunState.FINISHED or record.step < spec.target_steps:
+        return None
+    return Run(record, note=f"run {spec.name!r} finished before, at step {record.step:,}; nothing was trained")
+
+
+class WorkersDriver:
+    """A thread that keeps the workers of one run alive; see `run.Driver`."""
+
+    def __init__(
+        self, spec: RunSpec, record: RunRecord, workers: Range, resources_per_worker: Resources, retries: int
+    ) -> None:
+        self._spec = spec
+        self._record = record
+        self._workers = workers
+        self._resources_per_worker = resources_per_worker
+        self._retries = retries
+        self._failure: BaseException | None = None
+        self._group: Workers | None = None
+        self._aborted = False
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._drive, name=f"shoal-run-{spec.name}", daemon=True)
+
+    def start(self) -> None:
+        """Begin; returns at once."""
+        self._thread.start()
+
+    def is_alive(self) -> bool:
+        """True until the run ended, whichever way."""
+        return self._thread.is_alive()
+
+    def failure(self) -> BaseException | None:
+        """Why the driver gave up, if it did."""
+        return self._failure
+
+    def abort(self) -> None:
+        """End the workers at once. Blocks for a few seconds at most; safe to repeat."""
+        with self._lock:
+            self._aborted = True
+            group = self._group
+        if group is not None:
+            group.abort()
+        self._thread.join(timeout=15.0)
+
+    def _drive(self) -> None:
+        try:
+            self._run_workers()
+        except BaseException as err:  # the thread's own boundary: `Run.wait` raises it in the caller
+            self._failure = err
+            self._record_failure(err)
+
+    def _run_workers(self) -> None:
+        from shoal.train.ray_edge import Workers
+
+        group = Workers(
+            train_on_worker,
+            {"spec": self._spec},
+            name=self._spec.name,
+            workers=self._workers,
+            resources_per_worker=self._resources_per_worker,
+            max_failures=self._retries,
+            storage_path=_ray_folder(self._spec),
+        )
+        with self._lock:
+            self._group = group
+            if self._aborted:
+                return
+        group.run()
+
+    def _record_failure(self, err: BaseException) -> None:
+        last = self._record.events(("start", "end"))[-1:]
+        if last and last[0]["kind"] == "end":
+            return  # the workers have said how it ended
+        text = str(err) if isinstance(err, ShoalError) else f"{type(err).__name__}: {err}"
+        self._record.append("end", step=self._record.step, state="failed", error=text, traceback="")
+
+
+def train_on_worker(config: dict[str, Any]) -> None:
+    """What runs in every worker process on the cluster."""
+    from shoal.train.engine import train_worker
+    from shoal.train.group import Group
+    from shoal.train.output import captured_output, log_path
+
+    spec: RunSpec = config["spec"]
+    group = Group.current()
+    record = RunRecord(spec.storage, spec.name)
+    with captured_output(log_path(record.logs_dir, group.rank)):
+        train_worker(spec, group)
+
+
+def _ray_folder(spec: RunSpec) -> Any:
+    """Where Ray Train may leave its own small files; nothing of ours is read from there."""
+    folder = spec.storage.root / "ray"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder

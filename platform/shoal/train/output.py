@@ -1,0 +1,46 @@
+"""What a worker prints, kept with its run: prints and tracebacks outlive the worker and the cluster."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+MAX_LOG_BYTES = 64 * 2**20
+"""A rank's log that has grown beyond this starts anew at the next attempt; the old one is kept as ``.1``."""
+
+
+def log_path(logs_dir: Path, rank: int) -> Path:
+    """The file that holds what rank ``rank`` printed, over all attempts."""
+    return logs_dir / f"rank-{rank}.log"
+
+
+@contextmanager
+def captured_output(path: Path) -> Iterator[None]:
+    """Send this process's standard output and error to ``path`` (appended), native code's too.
+
+    Put back on exit, because Ray gives the process other work afterwards.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if path.exists() and path.stat().st_size > MAX_LOG_BYTES:
+        path.replace(path.with_suffix(".log.1"))
+    log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    saved = {fd: os.dup(fd) for fd in (1, 2)}
+    streams = sys.stdout, sys.stderr
+    try:
+        for fd in saved:
+            os.dup2(log, fd)
+        # Ray replaces Python's own streams in its workers; these two write straight to the descriptors.
+        sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+        yield
+    finally:
+        sys.stdout.close()
+        sys.stderr.close()
+        sys.stdout, sys.stderr = streams
+        for fd, original in saved.items():
+            os.dup2(original, fd)
+            os.close(original)
+        os.close(log)

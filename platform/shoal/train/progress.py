@@ -1,0 +1,134 @@
+"""Live progress of a run, for a person who waits: a bar on a terminal or in a notebook, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from shoal.tracking import RunRecord
+
+PLAIN_INTERVAL_S = 5.0
+"""Seconds between lines where there is no terminal."""
+
+
+class Reporter(Protocol):
+    """Somebody who shows how far the run is."""
+
+    def update(self) -> None: ...
+    def say(self, text: str) -> None: ...
+
+
+class _Silent:
+    def update(self) -> None:
+        """Show nothing."""
+
+    def say(self, text: str) -> None:
+        """Show nothing."""
+
+
+@contextmanager
+def reporter(record: RunRecord, *, enabled: bool) -> Iterator[Reporter]:
+    """A reporter that fits where this process's output goes; takes its bar away on exit."""
+    if not enabled:
+        yield _Silent()
+        return
+    from rich.console import Console
+
+    console = Console()
+    feed = _Feed(record)
+    if not (console.is_terminal or console.is_jupyter):
+        plain = _Plain(feed, lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True))
+        yield plain
+        plain.update(force=True)
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+        TextColumn("{task.fields[detail]}"),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=console, transient=False, refresh_per_second=8) as progress:
+        task = progress.add_task(record.name, total=1, detail="starting")
+        yield _Bar(feed, progress, task)
+
+
+class _Feed:
+    """New lines of the journal, folded into what a person wants to see."""
+
+    def __init__(self, record: RunRecord) -> None:
+        self._record = record
+        self._offset = 0
+        self.step = 0
+        self.target: int | None = None
+        self.workers = 0
+        self.values: dict[str, float] = {}
+        self.val: dict[str, float] = {}
+
+    def news(self) -> list[str]:
+        """Read what is new; returns what deserves a line of its own."""
+        events, self._offset = self._record.events_since(self._offset)
+        return [line for event in events if (line := self._fold(event))]
+
+    def detail(self) -> str:
+        """Loss, speed and workers, in a few words."""
+        parts = []
+        if "loss" in self.values:
+            parts.append(f"loss {self.values['loss']:.4g}")
+        parts += [f"val {name} {value:.4g}" for name, value in self.val.items() if name != "loss"][:2]
+        if "samples_per_s" in self.values:
+            parts.append(f"{self.values['samples_per_s']:,.0f} samples/s")
+        if self.workers:
+            parts.append(f"{self.workers} worker{'s' if self.workers > 1 else ''}")
+        return "  ".join(parts) or "starting"
+
+    def _fold(self, event: dict[str, Any]) -> str:
+        kind = event["kind"]
+        self.step = event.get("step", self.step)
+        if kind == "start":
+            self.target, self.workers = event["target_steps"], event["workers"]
+            return f"resumed from step {event['step']:,} on {self.workers} workers" if event["step"] else ""
+        if kind == "metrics":
+            self.values = event["values"]
+        elif kind == "eval" and event["split"] == "val":
+            self.val = event["values"]
+        elif kind == "warning":
+            return f"warning: {event['message']}"
+        elif kind == "rejected":
+            return f"checkpoint {event['path']} does not verify ({event['reason']}); going back to the one before"
+        return ""
+
+
+class _Plain:
+    """Lines, a few seconds apart, for logs and files."""
+
+    def __init__(self, feed: _Feed, say: Callable[[str], None]) -> None:
+        self._feed, self.say = feed, say
+        self._last = time.monotonic()
+        self._shown = -1
+
+    def update(self, *, force: bool = False) -> None:
+        for line in self._feed.news():
+            self.say(line)
+        if (force or time.monotonic() - self._last >= PLAIN_INTERVAL_S) and self._feed.step != self._shown:
+            self._last, self._shown = time.monotonic(), self._feed.step
+            self.say(f"step {self._feed.step:,}/{self._feed.target or 0:,}  {self._feed.detail()}")
+
+
+class _Bar:
+    def __init__(self, feed: _Feed, progress: Any, task: Any) -> None:
+        self._feed, self._progress, self._task = feed, progress, task
+
+    def update(self) -> None:
+        for line in self._feed.news():
+            self.say(line)
+        self._progress.update(
+            self._task, completed=self._feed.step, total=self._feed.target or 1, detail=self._feed.detail()
+        )
+
+    def say(self, text: str) -> None:
+        self._progress.console.print(text, markup=False, highlight=False)

@@ -1,0 +1,206 @@
+"""A handle on a run: what it is doing, how it went, how to stop it. Reads the record, so it works anywhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from shoal.errors import DeadlineExceeded, EnvironmentFailure, NotFoundError, RecipeError
+from shoal.recipe import Objective
+from shoal.tracking import RunRecord, RunState
+from shoal.train.output import log_path
+from shoal.train.progress import Reporter, reporter
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+POLL_S = 0.1
+"""How often a wait looks at the record."""
+
+
+class Driver(Protocol):
+    """Whoever keeps the run's workers alive; lives in the process that started the run."""
+
+    def is_alive(self) -> bool: ...
+    def failure(self) -> BaseException | None:
+        """Why the driver gave up, once it has."""
+        ...
+
+    def abort(self) -> None:
+        """End the workers at once; what was committed stays."""
+        ...
+
+
+class Run:
+    """One training of one recipe."""
+
+    def __init__(self, record: RunRecord, *, driver: Driver | None = None, note: str = "") -> None:
+        self._record = record
+        self._driver = driver
+        self.note = note
+        """Anything the user should know about how the run was started; empty if nothing."""
+
+    @property
+    def name(self) -> str:
+        """The run's name; the same command finds the same run."""
+        return self._record.name
+
+    @property
+    def record(self) -> RunRecord:
+        """The run's files."""
+        return self._record
+
+    @property
+    def state(self) -> RunState:
+        """Where the run stands now."""
+        if self._driver is not None and self._driver.is_alive():
+            return RunState.RUNNING
+        return self._record.state()
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self._record.step
+
+    @property
+    def objective(self) -> Objective | None:
+        """What "best" means for this run; None before it has an identity."""
+        return objective_of(self._record)
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers of the last attempt, by rank (on the machines they run on)."""
+        starts = self._record.events(("start",))
+        return list(starts[-1]["pids"]) if starts else []
+
+    def metrics(self) -> pd.DataFrame:
+        """Everything measured, indexed by step; validation and test columns begin with val_ and test_."""
+        return self._record.metrics_frame()
+
+    def best_checkpoint(self) -> Path:
+        """The folder of the best committed checkpoint by the recipe's objective, else of the newest.
+
+        Raises:
+            NotFoundError: the run has committed none yet.
+        """
+        objective = self.objective
+        best = self._record.best_checkpoint(objective.metric, objective.mode) if objective else None
+        events = [best] if best else self._record.events(("checkpoint",))[::-1]
+        for event in events:
+            path = self._record.dir / event["path"]
+            if path.is_dir():
+                return path
+        raise NotFoundError(
+            f"run {self.name!r} has no checkpoint yet (state: {self.state}, step {self.step}); "
+            "let it run until its first commit, then register it"
+        )
+
+    def stop(self) -> None:
+        """Ask the run to commit and stop at the next step boundary. Does not block; safe to repeat."""
+        self._record.mark_stop()
+
+    def abort(self) -> None:
+        """End the workers at once; the run goes on from its last commit when it is started again."""
+        if self._driver is not None:
+            self._driver.abort()
+
+    def logs(self, rank: int = 0) -> str:
+        """What a rank has printed so far, tracebacks too; empty if it never started."""
+        path = log_path(self._record.logs_dir, rank)
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def wait(self, *, timeout_s: float | None = None, progress: bool = True) -> Run:
+        """Block until the run ends, showing how far it is; returns the run.
+
+        Ctrl-C asks the run to commit and stop, and waits for that; a second Ctrl-C ends it at once.
+
+        Raises:
+            RecipeError: the recipe's own code failed; its traceback is in ``traceback_text``.
+            EnvironmentFailure: the machines failed more often than the run retries.
+            DeadlineExceeded: ``timeout_s`` seconds passed; the run goes on.
+        """
+        with reporter(self._record, enabled=progress) as report:
+            try:
+                self._wait(report, timeout_s)
+            except KeyboardInterrupt:
+                report.say("stopping at the next step boundary, with a checkpoint (Ctrl-C again: at once)")
+                self.stop()
+                try:
+                    self._wait(report, None)
+                except KeyboardInterrupt:
+                    self.abort()
+                raise
+        self._raise_failure()
+        return self
+
+    def _wait(self, report: Reporter, timeout_s: float | None) -> None:
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while self.is_active():
+            report.update()
+            if deadline is not None and time.monotonic() >= deadline:
+                raise DeadlineExceeded(
+                    f"run {self.name!r} did not end within {timeout_s:g} s (state {self.state}, step {self.step}); "
+                    "it goes on"
+                )
+            time.sleep(POLL_S)
+        report.update()
+
+    def is_active(self) -> bool:
+        """True while somebody works on the run."""
+        if self._driver is not None:
+            return self._driver.is_alive()
+        return self.state == RunState.RUNNING
+
+    def _raise_failure(self) -> None:
+        failure = self._driver.failure() if self._driver is not None else None
+        end = self._record.events(("end",))[-1:]
+        if self.state == RunState.FAILED and end:
+            error = f"run {self.name!r} failed at step {end[0]['step']}: {end[0]['error']}"
+            if isinstance(failure, EnvironmentFailure):
+                raise type(failure)(error)
+            raise RecipeError(
+                f"{error}\n  full text: shoal logs {self.name}", traceback_text=str(end[0]["traceback"])
+            )
+        if failure is not None:
+            raise failure
+        if self.state == RunState.INTERRUPTED:
+            raise EnvironmentFailure(
+                f"run {self.name!r} was interrupted at step {self.step}: its processes are gone. "
+                "Start it again with the same command; it goes on from its last commit"
+            )
+
+    def plot(self, *names: str) -> Figure:
+        """Curves of the named metrics (default: losses, and the objective) over steps."""
+        from shoal.train.plots import plot_run
+
+        return plot_run(self.name, self.metrics(), names, self.objective)
+
+    def __repr__(self) -> str:
+        target = self._record.target_steps
+        return f"Run({self.name!r}, {self.state}, step {self.step}{f' of {target}' if target else ''})"
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        rows = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in self._facts())
+        return f"<table>{rows}</table>"
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        target = self._record.target_steps
+        yield "run", self.name
+        yield "state", str(self.state)
+        yield "step", f"{self.step:,} of {target:,}" if target else f"{self.step:,}"
+        for split in ("val", "test"):
+            for name, value in (self._record.last_eval(split) or {}).items():
+                yield f"{split} {name}", f"{value:.4g}"
+
+
+def objective_of(record: RunRecord) -> Objective | None:
+    """The objective a run was started with, from its identity."""
+    identity: dict[str, Any] | None = record.identity()
+    if identity is None or "objective" not in identity:
+        return None
+    return Objective(**identity["objective"])
