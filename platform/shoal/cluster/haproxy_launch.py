@@ -17,20 +17,25 @@ import sys
 
 _PR_SET_PDEATHSIG = 1
 _LOOPBACK = "127.0.0.1"
+_BIND = r"(?m)^\s*bind\s+(\S+)"
 
 
-def mend(text, side_ports):
+def mend(text, side_ports, serve):
     """Return the configuration with statistics and metrics on loopback and the admin socket private.
 
-    ``side_ports`` are the ports of the statistics and metrics pages. Port 0 is never one of them.
+    ``side_ports`` are the ports of the statistics and metrics pages, ``serve`` is "host:port" where the
+    applications answer; nothing else may listen.
 
     Raises:
         ValueError: the text does not look as expected, so that something may still be open.
     """
+    allowed = {serve, *(f"{_LOOPBACK}:{port}" for port in side_ports)}
     for port in side_ports:
         text, found = re.subn(rf"(?m)^(\s*bind\s+)\*?:{port}\b", rf"\g<1>{_LOOPBACK}:{port}", text)
         if not found and not re.search(rf"(?m)^\s*bind\s+{re.escape(_LOOPBACK)}:{port}\b", text):
             raise ValueError(f"no `bind` line for port {port}")
+    if side_door := next((found for found in re.findall(_BIND, text) if found not in allowed), None):
+        raise ValueError(f"an unexpected `bind {side_door}`")
     text = re.sub(r"(?m)^(\s*stats socket \S+ mode) 666\b", r"\g<1> 600", text)
     if not re.search(r"(?m)^\s*stats socket \S+ mode 600\b", text):
         raise ValueError("no `stats socket ... mode 600` line")
@@ -41,6 +46,7 @@ def main(argv):
     """Mend the file after ``-f`` in place and become ``argv[0]``, HAProxy, with the same arguments."""
     config = argv[argv.index("-f") + 1]
     side_ports = [os.environ[f"RAY_SERVE_HAPROXY_{name}_PORT"] for name in ("STATS", "METRICS")]
+    serve = "{}:{}".format(os.environ["SHOAL_SERVE_HOST"].replace("0.0.0.0", "*"), os.environ["SHOAL_SERVE_PORT"])
     parent = os.getppid()
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
@@ -49,7 +55,7 @@ def main(argv):
     with open(config) as file:
         text = file.read()
     try:
-        mended = mend(text, side_ports)
+        mended = mend(text, side_ports, serve)
     except ValueError as error:
         return f"shoal refuses to start HAProxy: {config} has {error}; Ray's template has changed"
     with open(f"{config}.mended", "w") as file:

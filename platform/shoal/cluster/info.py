@@ -171,6 +171,7 @@ def environment(info: ClusterInfo) -> dict[str, str]:
     """
     return {
         **ray_edge.auth_environment(info.token_path),
+        **ray_edge.node_environment(),
         "RAY_ADDRESS": info.address,
         "RAY_API_SERVER_ADDRESS": info.dashboard_url,
         "RAY_DASHBOARD_ADDRESS": info.dashboard_url,
@@ -179,10 +180,9 @@ def environment(info: ClusterInfo) -> dict[str, str]:
 
 
 def driver_environment(info: ClusterInfo) -> dict[str, str]:
-    """What a process sets that becomes a driver: also keeps its own listeners on loopback, and Serve's flags."""
+    """What a process sets that becomes a driver: also Serve's flags, which Serve's client code reads too."""
     return {
         **environment(info),
-        **ray_edge.node_environment(),
         **ray_edge.serve_environment(info.ports, info.run_dir, haproxy_threads(info.num_cpus)),
     }
 

@@ -116,6 +116,7 @@ def plan_start(config: ClusterConfig, *, project: Path) -> tuple[StartPlan, tupl
         project=project,
         storage=storage,
         tracking=config.tracking or f"sqlite:///{storage / 'tracking' / 'mlflow.db'}",
+        serve_host=config.serve.host,
         serve_port=config.serve.port,
         num_cpus=int(local.cpus),
         num_gpus=int(local.gpus),

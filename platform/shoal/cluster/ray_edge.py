@@ -51,6 +51,14 @@ HEAD_PROCESSES = {"gcs_server": "gcs", "raylet": "raylet"}
 """Process name of what makes a head node: role. Without either there is no cluster."""
 CONNECT_TIMEOUT_VARIABLE = "RAY_gcs_server_port_wait_time_s"
 """Seconds that ``ray.init`` waits for a GCS."""
+SERVE_HOST = "SHOAL_SERVE_HOST"
+SERVE_PORT = "SHOAL_SERVE_PORT"
+"""Where Serve listens in this cluster; read by ``serve_guard.py`` and ``haproxy_launch.py``."""
+HAPROXY_DIR = "h"
+"""Folder of HAProxy's files in a cluster's folder."""
+MAX_HAPROXY_SOCKET_PATH = 97
+"""HAProxy binds a unix socket under a longer temporary name first, so less than the kernel's 107."""
+NUM_NODE_ID_CHARACTERS = 56
 HAPROXY_LAUNCHER = "haproxy-launch"
 """File in a cluster's folder that Serve starts as HAProxy."""
 
@@ -105,13 +113,13 @@ def serve_environment(ports: Mapping[str, int], run_dir: Path, num_threads: int)
     HAProxy in front of the replicas and throughput mode are worth a factor of ten (ray-facts 21); its
     files, sockets and ports are per cluster, else two clusters on a machine collide (ray-facts 27a).
     """
-    haproxy = run_dir / "haproxy"
+    # Serve puts <node id>/ below; a unix socket of HAProxy has at most 97 characters, so the names are short.
+    haproxy = run_dir / HAPROXY_DIR
     replica_http, replica_grpc = ports[REPLICA_PORTS], ports[REPLICA_GRPC_PORTS]
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_LOG_TO_STDERR": "0",
-        "RAY_SERVE_DEFAULT_HTTP_HOST": LOOPBACK,
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": _AUTOSCALING_PUSH_S,
         "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": _AUTOSCALING_PUSH_S,
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports["serve_fallback_http"]),
@@ -122,8 +130,8 @@ def serve_environment(ports: Mapping[str, int], run_dir: Path, num_threads: int)
         "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(replica_grpc + NUM_REPLICA_GRPC_PORTS),
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(run_dir / HAPROXY_LAUNCHER),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "a"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "m"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports["haproxy_stats"]),
@@ -132,9 +140,12 @@ def serve_environment(ports: Mapping[str, int], run_dir: Path, num_threads: int)
     }
 
 
-def cluster_environment(ports: Mapping[str, int], run_dir: Path) -> dict[str, str]:
+def cluster_environment(ports: Mapping[str, int], run_dir: Path, serve_host: str) -> dict[str, str]:
     """What only the cluster's own processes get, on top of what its drivers get."""
     return {
+        SERVE_HOST: serve_host,
+        SERVE_PORT: str(ports["serve"]),
+        "RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH": "shoal.cluster.serve_guard:pin_http_options",
         "RAY_TMPDIR": str(ray_dir(run_dir)),
         # Ray renames its processes over their environment; that is where a process of ours is known by.
         "SPT_NOENV": "1",
@@ -142,7 +153,7 @@ def cluster_environment(ports: Mapping[str, int], run_dir: Path) -> dict[str, st
         "DASHBOARD_METRIC_PORT": str(ports["dashboard_metrics"]),
         "AUTOSCALER_METRIC_PORT": str(ports["autoscaler_metrics"]),
         # Waiting worker processes import these first: an actor is then ready in 0.2-0.5 s, not 4 s (14b).
-        "RAY_preload_python_modules": "torch,ray.train.torch",
+        "RAY_preload_python_modules": "shoal.cluster.serve_guard,torch,ray.train.torch",
         # `ray job stop` sends SIGTERM and kills after 3 s; a run needs longer to commit a checkpoint.
         "RAY_JOB_STOP_WAIT_TIME_S": "30",
     }

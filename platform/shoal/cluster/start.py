@@ -9,6 +9,7 @@ import secrets
 import shutil
 import stat
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -46,6 +47,8 @@ class StartPlan:
     project: Path
     storage: Path
     tracking: str
+    serve_host: str
+    """Where Serve listens: loopback, unless the file says otherwise (the serve room refuses that without keys)."""
     serve_port: int
     """0 takes a free one."""
     num_cpus: int
@@ -145,9 +148,11 @@ def cluster_process_environment(plan: StartPlan, ports: dict[str, int], token_pa
         **ray_edge.auth_environment(token_path),
         **ray_edge.node_environment(),
         **ray_edge.serve_environment(ports, plan.run_dir, cluster_info.haproxy_threads(plan.num_cpus)),
-        **ray_edge.cluster_environment(ports, plan.run_dir),
+        **ray_edge.cluster_environment(ports, plan.run_dir, plan.serve_host),
         cluster_info.RECORD_ENV: str(cluster_info.state_dir(plan.project) / cluster_info.RECORD_NAME),
         processes.CLUSTER_ID: plan.cluster_id,
+        # As in an activated environment: `python` in a job's entrypoint is this one.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "PYTHONPATH": ray_edge.python_path(plan.project, os.environ.get("PYTHONPATH")),
     }
     inherited = {name: value for name, value in os.environ.items() if name not in ray_edge.CLIENT_VARIABLES}
@@ -243,7 +248,7 @@ def _describe(plan: StartPlan, ports: dict[str, int], token_path: Path) -> Clust
         project=plan.project,
         address=f"{ray_edge.LOOPBACK}:{ports['gcs']}",
         dashboard_url=f"http://{ray_edge.LOOPBACK}:{ports['dashboard']}",
-        serve_url=f"http://{ray_edge.LOOPBACK}:{ports['serve']}",
+        serve_url=f"http://{_reachable(plan.serve_host)}:{ports['serve']}",
         serve_port=ports["serve"],
         storage=plan.storage,
         tracking=plan.tracking,
@@ -259,6 +264,11 @@ def _describe(plan: StartPlan, ports: dict[str, int], token_path: Path) -> Clust
         python_version=cluster_info.python_version(),
         config=plan.config,
     )
+
+
+def _reachable(host: str) -> str:
+    """The address at which a client on this machine reaches a server that listens on ``host``."""
+    return ray_edge.LOOPBACK if host in ("0.0.0.0", "::", "*") else host
 
 
 def _reserve_ports(plan: StartPlan) -> dict[str, int]:
@@ -291,7 +301,7 @@ def _write_haproxy_launcher(run_dir: Path) -> None:
     path = run_dir / ray_edge.HAPROXY_LAUNCHER
     path.write_text(ray_edge.haproxy_launcher(ray_edge.haproxy_binary()))
     path.chmod(0o700)
-    private_dir(run_dir / "haproxy")
+    private_dir(run_dir / ray_edge.HAPROXY_DIR)
 
 
 def answers_within(info: ClusterInfo, *, timeout_s: float) -> bool:
