@@ -40,9 +40,6 @@ FIRST_BACKOFF_S = 1.0
 MAX_BACKOFF_S = 30.0
 _MAX_LOG_BYTES = 256 * 1024
 _MAX_WARNINGS = 20
-_REFUSED = "refused"
-_SETTLED = END_STATES | {_REFUSED}
-"""States after which only more lines in the journal are news."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +72,8 @@ class _Progress:
     """The state MLflow was told last."""
     inode: int = field(default=0, compare=False)
     behind_bytes: int = field(default=0, compare=False)
+    refused_bytes: int = field(default=-1, compare=False)
+    """Length of the journal when MLflow refused the whole run; tried again when it has grown."""
 
 
 class Tracker:
@@ -237,7 +236,11 @@ class Tracker:
         return progress
 
     def _deliver(self, store: MlflowStore, record: RunRecord, progress: _Progress) -> None:
-        if progress.behind_bytes == 0 and progress.state in _SETTLED:
+        if progress.behind_bytes == 0 and progress.state in END_STATES:
+            return
+        size_bytes = progress.offset + progress.behind_bytes
+        if progress.refused_bytes == size_bytes:
+            progress.behind_bytes = 0
             return
         try:
             while True:
@@ -260,7 +263,7 @@ class Tracker:
         except RequestError as error:
             # Deleted in MLflow's page, say: no reason to hold up the other runs, or to try every second.
             self._warn(f"run {record.name} is not delivered while MLflow refuses it: {error}")
-            progress.state, progress.behind_bytes = _REFUSED, 0
+            progress.refused_bytes, progress.behind_bytes = size_bytes, 0
 
     def _deliver_events(
         self, store: MlflowStore, record: RunRecord, progress: _Progress, events: list[Event]
@@ -288,7 +291,7 @@ class Tracker:
             self._warn(f"run {record.name} is delivered without parameters: {error}")
             identity = {}
         tags = {"shoal.run": record.name, "shoal.recipe": str(identity.get("recipe", ""))}
-        progress.run_id = store.ensure_run(
+        run_id = store.ensure_run(
             experiment=experiment_name(identity),
             name=record.name,
             journal=progress.journal,
@@ -296,14 +299,15 @@ class Tracker:
             tags={key: value for key, value in tags.items() if value},
         )
         for batch in plan_params(identity):
-            self._log(store, record.name, progress.run_id, batch)
+            self._log(store, record.name, run_id, batch)
         if (record.dir / "identity.json").exists():
             text = (record.dir / "identity.json").read_text()
-            self._keep(store, record.name, progress.run_id, text, "identity.json")
+            self._keep(store, record.name, run_id, text, "identity.json")
+        progress.run_id = run_id  # last: cut off before, all of this is done again
 
     def _deliver_state(self, store: MlflowStore, record: RunRecord, progress: _Progress) -> None:
         """Say that a run is interrupted, which its journal cannot say, and that it no longer is."""
-        if not progress.run_id or progress.state in _SETTLED:
+        if not progress.run_id or progress.state in END_STATES:
             return
         state = record.state()
         if state.value != progress.state and state in (RunState.RUNNING, RunState.INTERRUPTED):
