@@ -14,11 +14,11 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 WARM_ENVIRONMENT: dict[str, str] = {
-    # Imported by every waiting worker process. The second name imports all that a controller or training worker
-    # of a run needs, private Ray Train modules too; a name that cannot be imported is skipped by Ray.
+    # Imported by every waiting worker process. The second name imports all that a controller or training
+    # worker of a run needs, Ray Train's modules too. Ray skips a name that cannot be imported.
     "RAY_preload_python_modules": "torch,shoal.train.ray_edge",
-    # Ray keeps as many idle processes as there are *free CPUs*, so a training run, which takes them all, would
-    # lose the spare processes its own recovery needs.
+    # Ray keeps as many idle processes as there are *free CPUs*, so a training run, which takes them all,
+    # would lose the spare processes that its own recovery needs.
     "RAY_num_workers_soft_limit": "8",
     # Processes that may start at once; Ray's default is the number of cores, and a request for more than that
     # is cut down without a word.
@@ -45,7 +45,9 @@ def add_warm_processes(count: int) -> None:
         try:
             _prestart(node, count, ray.get_runtime_context().get_runtime_env_string())
         except Exception:  # grpc's and Ray's errors share no base; only speed is lost
-            logger.warning("no warm processes on %s: runs start slower there", node["NodeName"], exc_info=True)
+            logger.warning(
+                "no warm processes on %s: runs start slower there", node["NodeName"], exc_info=True
+            )
 
 
 def _prestart(node: dict[str, Any], count: int, runtime_env: str) -> None:

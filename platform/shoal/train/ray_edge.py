@@ -1,0 +1,508 @@
+"""The one place that speaks to Ray Train: start a group of workers, restart it when one dies, stop it.
+
+Stock Ray Train needs about 10 s on 2 cores from submit to the first step, nearly all of it processes that
+import torch: the controller and each worker carry a runtime environment of their own, so Ray starts a fresh
+process for each, and helper actors that a run of ours does not use take processes too. Here nobody carries
+one (settings travel as arguments), the helpers are gone, and so every actor finds a warm process
+(`shoal.cluster.warm`). `benchmarks/submit.py` measures it.
+
+It subclasses Ray Train's private classes. ``tests/train/test_ray_edge.py`` fails, naming what to look at,
+when an upgrade moves one of them. Unlike its siblings this module imports torch and ray at the top: it is
+only imported to train on a cluster, and by waiting processes so that nothing is left to import.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray._private.worker as ray_worker_module
+import ray.train.v2._internal.execution.worker_group.state as worker_group_state_module
+import ray.train.v2._internal.execution.worker_group.worker_group as worker_group_module
+import torch.distributed as dist
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.torch.config import TorchConfig, _TorchBackend
+from ray.train.v2._internal.callbacks import AcceleratorSetupCallback, BackendSetupCallback
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision, ScalingPolicy
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+
+from shoal.capacity import Resources, wait_for_grant
+from shoal.cluster.warm import add_warm_processes
+from shoal.config import Range
+from shoal.errors import ClusterError, DeadlineExceeded, ShoalError, WorkerLost
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.2
+"""How often the controller looks at its workers; a death is acted on that much later at worst."""
+
+_PAY_BACK_AFTER_S = 5.0
+"""How long a group runs before the warm processes it took are replaced (3 CPU-seconds each)."""
+
+_ABORT_PATIENCE_S = 5.0
+"""How long an abort may take the polite way; after that the controller is killed and cleaned up after."""
+
+_NUM_GRANTS = 5
+"""How often room that was granted may be taken by somebody else before the workers were there."""
+
+
+# --- the parts that replace Ray Train's own -----------------------------------------------------------------
+
+
+class _Group(WorkerGroup):  # type: ignore[misc]  # Ray has no types
+    """Workers without a runtime environment, in a placement group that can be found after a crash."""
+
+    @staticmethod
+    def _get_worker_runtime_env(custom_runtime_env: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(custom_runtime_env)
+
+    def _create_placement_group(self, scaling_config: Any, context: Any) -> Any:
+        return DefaultPlacementGroupHandle(
+            placement_group(
+                [context.resources_per_worker] * context.num_workers,
+                strategy=context.placement_strategy,
+                name=self._train_run_context.run_config.name,
+            )
+        )
+
+
+class _NoBarrier:
+    """In the place of the actor behind ``ray.train.report()``, which a run of ours never calls."""
+
+    @classmethod
+    def options(cls, **_: Any) -> type[_NoBarrier]:
+        return cls
+
+    @classmethod
+    def remote(cls, **_: Any) -> _NoBarrier:
+        return cls()
+
+
+class _Controller(TrainController):  # type: ignore[misc]
+    """Ray Train's control loop with our group; its settings are an argument, not a runtime environment.
+
+    It also pays back the warm processes that a run takes: late, so that a short run is over before they
+    compete with it for the cores, but in time for most restarts.
+    """
+
+    worker_group_cls = _Group
+
+    def __init__(self, *, environment: Mapping[str, str], **kwargs: Any) -> None:
+        # This process runs nothing else, so what is changed here concerns this run alone.
+        os.environ.update(environment)
+        worker_group_module.SynchronizationActor = _NoBarrier
+        worker_group_state_module._shutdown_sync_actor = lambda _: None
+        self._num_warm_owed = 1  # this process
+        super().__init__(**kwargs)
+
+    def _start_worker_group(self, num_workers: int, resources_per_worker: Resources) -> None:
+        super()._start_worker_group(num_workers, resources_per_worker)
+        self._num_warm_owed += num_workers
+        asyncio.get_running_loop().call_later(_PAY_BACK_AFTER_S, self._pay_back)
+
+    async def _shutdown(self) -> Any:
+        result = await super()._shutdown()
+        self._pay_back()
+        return result
+
+    def _pay_back(self) -> None:
+        owed, self._num_warm_owed = self._num_warm_owed, 0
+        if owed:
+            add_warm_processes(owed)
+
+    def num_failures(self) -> int:
+        """How many times the group has failed so far."""
+        return int(self._failure_policy.num_failures)
+
+
+class _RestartOnDeath(FailurePolicy):  # type: ignore[misc]
+    """Start the group again when a worker dies, up to ``max_failures`` times; let errors with a meaning out.
+
+    A `ShoalError` raised on a worker says what is wrong and would be raised again. Any other exception there
+    is mostly a survivor that lost its peer in the middle of a collective.
+    """
+
+    def __init__(self, failure_config: FailureConfig) -> None:
+        super().__init__(failure_config)
+        self.num_failures = 0
+
+    def make_decision(self, training_failed_error: Exception) -> FailureDecision:
+        if not _is_worth_a_restart(training_failed_error):
+            return FailureDecision.RAISE
+        self.num_failures += 1
+        may_retry = self.num_failures <= self.failure_config.max_failures
+        return FailureDecision.RETRY if may_retry else FailureDecision.RAISE
+
+
+def _is_worth_a_restart(error: Exception) -> bool:
+    if isinstance(error, ControllerError):
+        return isinstance(error.controller_failure, WorkerGroupStartupFailedError)
+    if not isinstance(error, WorkerGroupError):
+        return False
+    failures = error.worker_failures.values()
+    if any(
+        isinstance(failure, WorkerHealthCheckFailedError | WorkerHealthCheckTimeoutError)
+        for failure in failures
+    ):
+        return True
+    return not any(isinstance(failure, ShoalError) for failure in failures)
+
+
+class _FixedWorkers(ScalingPolicy):  # type: ignore[misc]
+    """Always the granted number. Stock policies also start an AutoscalingCoordinator actor and ask it."""
+
+    def _get_num_workers_for_resource_request(self) -> int:
+        return int(self.scaling_config.num_workers)
+
+    def make_decision_for_non_running_worker_group(self) -> ResizeDecision:
+        return ResizeDecision(
+            num_workers=self.scaling_config.num_workers,
+            resources_per_worker=self.scaling_config._resources_per_worker_not_none,
+        )
+
+    def make_decision_for_running_worker_group(self, *_: Any, **__: Any) -> NoopDecision:
+        return NoopDecision()
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Register with nobody: capacity was granted, and a pending placement group scales a cluster up."""
+
+
+@dataclass
+class _ProcessGroup(TorchConfig):  # type: ignore[misc]
+    """torch.distributed with a finite timeout, whose sockets stay on the node's own address."""
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _ProcessGroupBackend
+
+
+class _ProcessGroupBackend(_TorchBackend):  # type: ignore[misc]
+    def on_start(self, worker_group: Any, backend_config: _ProcessGroup) -> None:
+        # Ray's own picks a port, lets it go and hopes; torch's store then listens on every interface.
+        gpus = worker_group.get_resources_per_worker().get("GPU", 0)
+        backend = backend_config.backend or ("nccl" if gpus else "gloo")
+        address, port = worker_group.execute_single(
+            0, _open_store, len(worker_group), backend_config.timeout_s
+        )
+        ray.get(
+            [
+                worker_group.execute_single_async(
+                    rank, _join, backend, rank, len(worker_group), address, port, backend_config.timeout_s
+                )
+                for rank in range(len(worker_group))
+            ]
+        )
+
+    def on_shutdown(self, worker_group: Any, backend_config: _ProcessGroup) -> None:
+        """Leave it: the processes end right after; a collective that lost its peer would be waited for."""
+
+
+_store: Any = None  # rank 0 owns the store for as long as its process lives
+
+
+def _open_store(world_size: int, timeout_s: float) -> tuple[str, int]:
+    """On rank 0: open the rendezvous store on a free port of this node's address."""
+    global _store
+    address = ray.util.get_node_ip_address()
+    listener = socket.create_server((address, 0), backlog=128)
+    port = listener.getsockname()[1]
+    _store = dist.TCPStore(  # type: ignore[attr-defined]
+        address,
+        port,
+        world_size,
+        is_master=True,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+    return address, port
+
+
+def _join(backend: str, rank: int, world_size: int, address: str, port: int, timeout_s: float) -> None:
+    """On every rank: say who we are in the usual variables, and join the process group."""
+    timeout = timedelta(seconds=timeout_s)
+    context = ray.train.get_context()
+    os.environ.update(
+        MASTER_ADDR=address,
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(context.get_local_rank()),
+        LOCAL_WORLD_SIZE=str(context.get_local_world_size()),
+        NODE_RANK=str(context.get_node_rank()),
+    )
+    if address.startswith("127."):
+        # Left alone, both bind what the host name resolves to.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    if (store := _store) is None:
+        store = dist.TCPStore(address, port, world_size, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """`TorchTrainer` that hands its controller to us instead of waiting for it."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [
+            AcceleratorSetupCallback(self.backend_config, self.scaling_config),
+            BackendSetupCallback(self.backend_config),
+        ]
+
+    def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
+        kwargs["scaling_policy"] = _FixedWorkers(self.scaling_config)
+        kwargs["failure_policy"] = _RestartOnDeath(self.run_config.failure_config)
+        return self._on_controller(
+            ray.remote(
+                num_cpus=0,
+                label_selector={ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()},
+            )(_Controller).remote(environment=self._environment, **kwargs)
+        )
+
+
+def _keep_raylet_quiet() -> None:
+    """Send "A worker died ..." (13 lines) to our log: Ray prints it whatever ``log_to_driver`` says.
+
+    A run restarts such a worker and says so itself.
+    """
+    stock = ray_worker_module.print_to_stdstream
+    if getattr(stock, "is_shoals", False):
+        return
+
+    def print_unless_raylet(data: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        if data.get("pid") == "raylet":
+            logger.debug("raylet: %s", data.get("lines"))
+        else:
+            stock(data, *args, **kwargs)
+
+    print_unless_raylet.is_shoals = True  # type: ignore[attr-defined]
+    ray_worker_module.print_to_stdstream = print_unless_raylet
+
+
+# --- what the engine uses -----------------------------------------------------------------------------------
+
+
+class Workers:
+    """One group of training workers on the cluster; `run` it in a thread, `abort` it from any other.
+
+    Args:
+        fn: runs on every worker with ``config``, in a thread; ``torch.distributed`` is initialised there (gloo
+            on CPU, nccl where a worker has a GPU) and RANK, WORLD_SIZE, LOCAL_RANK, ... are set. A module-level
+            function travels by name. It sees OMP_NUM_THREADS as Ray set it: the CPUs of one worker.
+        name: for Ray's pages and logs; need not be unique.
+        workers: how many; the range is granted from what is free, again at each new start.
+        resources_per_worker: Ray resources, such as ``{"CPU": 1}``.
+        max_failures: how many times the group is started again after a worker died, over its whole life.
+        storage_path: an existing folder; Ray Train leaves a small folder of its own under ``<storage_path>``.
+        grant_wait_s: how long to wait for ``workers.min`` to be free.
+        start_timeout_s: how long room that was granted may take to be there before it is granted anew.
+        collective_timeout_s: how long a worker waits for its peers in one collective before it fails.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[[dict[str, Any]], None],
+        config: dict[str, Any],
+        *,
+        name: str,
+        workers: Range,
+        resources_per_worker: Resources,
+        max_failures: int,
+        storage_path: Path,
+        grant_wait_s: float = 60.0,
+        start_timeout_s: float = 15.0,
+        collective_timeout_s: float = 120.0,
+    ) -> None:
+        self._fn = fn
+        self._config = config
+        self._name = name
+        self._workers = workers
+        self._resources_per_worker = dict(resources_per_worker)
+        self._max_failures = max_failures
+        self._storage_path = storage_path
+        self._grant_wait_s = grant_wait_s
+        self._start_timeout_s = start_timeout_s
+        self._collective_timeout_s = collective_timeout_s
+        # Ray Train resumes a name it has seen, from files it does not verify: each start gets a new one.
+        self._ray_name = f"shoal-{name}-{uuid.uuid4().hex[:8]}"
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._controller: Any = None
+        self._num_failures = 0
+
+    @property
+    def is_aborted(self) -> bool:
+        """Whether `abort` was called."""
+        return self._stop.is_set()
+
+    def run(self) -> None:
+        """Run until ``fn`` returned on every worker; returns early, without an error, after `abort`.
+
+        Blocks. Whichever way it ends, no actor and no placement group of it remains.
+
+        Raises:
+            RequestError: the workers can never fit into this cluster.
+            DeadlineExceeded: no room for the least number of workers; says who holds it.
+            WorkerLost: workers died more than ``max_failures`` times.
+            ClusterError: the cluster does not answer.
+            ShoalError: whatever ``fn`` raised of that kind.
+        """
+        for _ in range(_NUM_GRANTS):
+            granted = wait_for_grant(
+                self._workers, self._resources_per_worker, wait_s=self._grant_wait_s, stop=self._stop
+            )
+            try:
+                if self._stop.is_set() or self._run_group(granted):
+                    return
+            finally:
+                self._clean_up()
+        raise DeadlineExceeded(
+            f"run {self._name}: room for {self._workers} worker(s) was free {_NUM_GRANTS} times and taken by "
+            f"somebody else each time before the workers were there. See `shoal status`, or try again."
+        )
+
+    def abort(self) -> None:
+        """Stop the workers without asking them; safe to call at any time, from any thread, and again.
+
+        Blocks for at most a few seconds. `run` returns once everything is gone.
+        """
+        self._stop.set()
+        with self._lock:
+            controller = self._controller
+        if controller is None:
+            return
+        try:
+            ray.get(controller.abort.remote(), timeout=_ABORT_PATIENCE_S)
+        except (RayActorError, GetTimeoutError):
+            ray.kill(controller)  # gone already, or busy starting workers: they die with it
+
+    def _run_group(self, num_workers: int) -> bool:
+        """Run one controller to its end; False when its workers found no room, so a new grant is needed."""
+        error = self._fit(num_workers)
+        if error is None or self._stop.is_set():
+            return True
+        if isinstance(error, RayActorError):  # the controller died: its workers died with it
+            self._num_failures += 1
+            if self._num_failures <= self._max_failures:
+                return False
+            raise WorkerLost(self._lost_message(error)) from error
+        if isinstance(error, ControllerError):
+            if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+                return False
+            if not isinstance(error.controller_failure, WorkerGroupStartupFailedError):
+                raise ClusterError(
+                    f"run {self._name}: Ray Train failed: {error.controller_failure}"
+                ) from error
+        if isinstance(error, WorkerGroupError):
+            for failure in error.worker_failures.values():
+                if isinstance(failure, ShoalError) and not _is_worth_a_restart(error):
+                    raise failure
+        raise WorkerLost(self._lost_message(error)) from error
+
+    def _fit(self, num_workers: int) -> Exception | None:
+        """Start a controller, wait for it, and return how it failed; None when all went well."""
+        trainer = _Trainer(
+            self._fn,
+            train_loop_config=self._config,
+            torch_config=_ProcessGroup(timeout_s=self._collective_timeout_s),
+            scaling_config=ScalingConfig(
+                num_workers=num_workers,
+                use_gpu=bool(self._resources_per_worker.get("GPU")),
+                resources_per_worker=self._resources_per_worker,
+            ),
+            run_config=RunConfig(
+                name=self._ray_name,
+                storage_path=str(self._storage_path),
+                failure_config=FailureConfig(max_failures=self._max_failures - self._num_failures),
+                logging_config=LoggingConfig(log_level="ERROR"),
+            ),
+        )
+        trainer._environment = {
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(_POLL_S),
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(self._start_timeout_s),
+            # An actor more, for node preemption notices, which no target has yet.
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+            # The controller waits for its workers in an event loop on purpose.
+            "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
+        }
+        trainer._on_controller = self._watch
+        _keep_raylet_quiet()
+        failure: Exception | None = None
+        try:
+            trainer.fit()
+        except (WorkerGroupError, ControllerError, RayActorError) as error:
+            failure = error
+        except RayError as error:
+            raise ClusterError(f"run {self._name}: the cluster does not answer: {error}") from error
+        return failure
+
+    def _watch(self, controller: Any) -> Any:
+        with self._lock:
+            self._controller = controller
+        if self._stop.is_set():  # abort() came before there was anything to abort
+            ray.kill(controller)
+        ray.get(controller.run.remote())
+        self._num_failures += ray.get(controller.num_failures.remote())
+        return ray.get(controller.get_result.remote())
+
+    def _clean_up(self) -> None:
+        """Leave no controller and no placement group; a group outlives a controller that was killed."""
+        with self._lock:
+            controller, self._controller = self._controller, None
+        if controller is not None:
+            ray.kill(controller)
+        for group in placement_group_table().values():
+            if group["name"] == self._ray_name and group["state"] != "REMOVED":
+                remove_placement_group(ray.util.get_placement_group(self._ray_name))
+
+    def _lost_message(self, error: Exception) -> str:
+        return (
+            f"run {self._name}: its workers failed {self._num_failures} time(s), and {self._max_failures} "
+            f"restart(s) were allowed (`train: retries`). The last committed checkpoint is kept: the same "
+            f"command goes on from it. Last failure: {error}"
+        )
+
+
+def run_workers(
+    fn: Callable[[dict[str, Any]], None],
+    config: dict[str, Any],
+    *,
+    name: str,
+    num_workers: int,
+    resources_per_worker: Resources,
+    max_failures: int,
+    storage_path: Path,
+) -> None:
+    """`Workers.run` on exactly ``num_workers`` workers, for callers that never abort."""
+    Workers(
+        fn,
+        config,
+        name=name,
+        workers=Range(num_workers, num_workers),
+        resources_per_worker=resources_per_worker,
+        max_failures=max_failures,
+        storage_path=storage_path,
+    ).run()
