@@ -1,0 +1,1 @@
+"""The serving core: an event loop and no Ray. Gate, keys, uploads, batches."""

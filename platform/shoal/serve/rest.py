@@ -1,0 +1,77 @@
+"""Ray Serve's declarative REST interface: what should run is sent whole, what runs is read back."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from shoal.errors import AccessError, ClusterError
+
+if TYPE_CHECKING:
+    from shoal.cluster import ClusterInfo
+
+_PATH = "/api/serve/applications/"
+_TIMEOUT_S = 60.0
+"""Serve's first start takes some seconds, on a busy machine many."""
+MAX_ANSWER_BYTES = 16 * 2**20
+
+# No proxy: an http_proxy in the environment would be asked for 127.0.0.1.
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def read_serve(info: ClusterInfo) -> dict[str, Any]:
+    """What Serve runs: Ray's `ServeInstanceDetails` as a mapping; only ``applications`` before Serve starts.
+
+    Raises:
+        ClusterError: the dashboard does not answer.
+        AccessError: it does not accept the cluster's token.
+    """
+    details: dict[str, Any] = json.loads(_call(info, "GET", None))
+    return details
+
+
+def write_serve(info: ClusterInfo, config: Mapping[str, Any]) -> None:
+    """Make ``config`` (Ray's `ServeDeploySchema`) what Serve runs; declarative apps not in it are deleted.
+
+    Starts Serve if it does not run yet. Returns when the controller has it, before anything has changed.
+
+    Raises:
+        ClusterError: it was not accepted, or the dashboard does not answer.
+        AccessError: the cluster's token is not accepted.
+    """
+    _call(info, "PUT", json.dumps(config).encode())
+
+
+def _call(info: ClusterInfo, method: str, body: bytes | None) -> bytes:
+    try:
+        token = info.token_path.read_text().strip()
+    except OSError as error:
+        raise ClusterError(
+            f"cluster {info.name!r} has no readable token in {info.token_path} ({error.strerror}). "
+            "Is it still running? See: shoal status"
+        ) from None
+    request = urllib.request.Request(
+        info.dashboard_url + _PATH,
+        data=body,
+        method=method,
+        headers={"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
+    )
+    try:
+        with OPENER.open(request, timeout=_TIMEOUT_S) as response:
+            content: bytes = response.read(MAX_ANSWER_BYTES)
+            return content
+    except urllib.error.HTTPError as error:
+        text = error.read(4000).decode(errors="replace").strip()
+        if error.code in (401, 403):
+            raise AccessError(f"cluster {info.name!r} does not accept its own token: {text}") from None
+        raise ClusterError(
+            f"Serve on cluster {info.name!r} refused the request ({error.code}): {text}"
+        ) from None
+    except OSError as error:
+        raise ClusterError(
+            f"the dashboard of cluster {info.name!r} at {info.dashboard_url} does not answer ({error}). "
+            "See: shoal status"
+        ) from None

@@ -1,0 +1,280 @@
+"""The digits app without a server: pictures and pixels in, classes out, versions swapped."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from asgi_harness import ask, get, post
+from PIL import Image
+from shoal.errors import ClusterError, CorruptError, RequestError
+from shoal.models import Lineage, write_package
+from shoal.serve.core.gate import Limits
+
+from jobs.digits import Digits as DigitsRecipe
+from serve_apps.digits import Digits
+
+PIXELS = {"pixels": [[0, 0, 0, 8, 14, 0, 0, 0]] * 8}
+
+
+def write_version(directory: Path, version: int, *, always: int | None = None) -> Path:
+    """An untrained digits model; ``always`` makes it answer that class whatever it sees."""
+    import torch
+
+    recipe = DigitsRecipe(hidden=16)
+    torch.manual_seed(version)
+    net = recipe.build_model()
+    if always is not None:
+        with torch.no_grad():
+            net[-1].weight.zero_()
+            net[-1].bias.zero_()
+            net[-1].bias[always] = 10.0
+    lineage = Lineage(
+        recipe="jobs.digits:Digits",
+        fields={"hidden": 16},
+        data_fingerprint="none",
+        code_revision="",
+        run="untrained",
+        trial=None,
+        checkpoint_step=0,
+        metrics={},
+        created=0.0,
+    )
+    path = directory / str(version)
+    write_package(path, net, model="digits", version=version, lineage=lineage)
+    return path
+
+
+@pytest.fixture
+def endpoint(tmp_path: Path) -> Digits:
+    made = Digits(limits=Limits(max_body_bytes=100_000))
+    made.load(write_version(tmp_path, 1, always=3))
+    return made
+
+
+def png(image: Image.Image, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def drawn(size: tuple[int, int] = (200, 120), mode: str = "L") -> Image.Image:
+    image = Image.new("L", size, 250)
+    image.paste(20, (size[0] // 2, 10, size[0] // 2 + 9, size[1] - 10))
+    return image.convert(mode)
+
+
+def form(data: bytes) -> bytes:
+    head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="x.png"\r\n\r\n'
+    return head + data + b"\r\n--b--\r\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type"),
+    [
+        (json.dumps(PIXELS).encode(), "application/json"),
+        (json.dumps(PIXELS).encode(), "Application/JSON; charset=utf-8"),
+        (png(drawn()), "image/png"),
+        (png(drawn(mode="RGBA")), "image/png"),
+        (png(drawn(mode="RGB"), "JPEG"), "image/jpeg"),
+        (png(drawn((900, 700))), "image/png"),  # large: decoded in the other thread
+        (form(png(drawn())), "multipart/form-data; boundary=b"),
+    ],
+)
+def test_predict(endpoint: Digits, body: bytes, content_type: str) -> None:
+    got = post(endpoint.asgi(), body, content_type)
+    assert got.status == 200, got.body
+    answer = got.json
+    assert answer.keys() == {"class", "probabilities", "model", "version"}
+    assert (answer["class"], answer["model"], answer["version"]) == (3, "digits", 1)
+    assert len(answer["probabilities"]) == 10
+    assert sum(answer["probabilities"]) == pytest.approx(1, abs=1e-5)
+    assert got.headers["x-model-version"] == "digits@1"
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "status", "code"),
+    [
+        (b"", "application/json", 400, "body_empty"),
+        (b"{", "application/json", 400, "bad_json"),
+        (b'{"pixels": [[NaN]]}', "application/json", 422, "pixels_shape"),
+        (json.dumps({"pixels": [[float("nan")] * 8] * 8}).encode(), "application/json", 422, "pixels_range"),
+        (b"", "image/png", 400, "body_empty"),
+        (b"GIF89a", "image/png", 415, "not_a_picture"),
+        (png(drawn())[:60], "image/png", 400, "picture_unreadable"),
+        (png(Image.new("L", (50, 50), 255)), "image/png", 422, "no_ink"),
+        (b"x=1", "application/x-www-form-urlencoded", 415, "content_type"),
+        (b"x", "text/plain", 415, "content_type"),
+        (b"x", None, 415, "content_type"),
+        (b"x" * 100_001, "image/png", 413, "body_too_large"),
+        (b"--b--", "multipart/form-data; boundary=b", 400, "file_missing"),
+    ],
+)
+def test_bad_requests(
+    endpoint: Digits, body: bytes, content_type: str | None, status: int, code: str
+) -> None:
+    got = post(endpoint.asgi(), body, content_type)
+    assert (got.status, got.code) == (status, code)
+    assert got.headers["x-model-version"] == "digits@1"
+
+
+def test_wrong_paths_and_methods(endpoint: Digits) -> None:
+    app = endpoint.asgi()
+    missing = get(app, "/nothing")
+    assert (missing.status, missing.code) == (404, "not_found")
+    wrong = get(app, "/predict")
+    assert (wrong.status, wrong.code, wrong.headers["allow"]) == (405, "method_not_allowed", "POST")
+
+
+def test_model_and_health(endpoint: Digits) -> None:
+    app = endpoint.asgi()
+    assert get(app, "/healthz").json == {"status": "ok", "model": "digits", "version": 1}
+    model = get(app, "/model").json
+    assert (model["model"], model["version"], model["recipe"]) == ("digits", 1, "jobs.digits:Digits")
+    assert model["lineage"]["run"] == "untrained"
+    assert model["rejected"] is False
+
+
+def test_documentation_page(endpoint: Digits) -> None:
+    app = endpoint.asgi()
+    assert b"swagger" in get(app, "/docs").body.lower()
+    spec = get(app, "/openapi.json").json
+    body = spec["paths"]["/predict"]["post"]["requestBody"]["content"]
+    assert body.keys() == {"application/json", "multipart/form-data", "image/png", "image/jpeg"}
+    assert {"200", "401", "403", "413", "415", "422", "503", "504"} <= spec["paths"]["/predict"]["post"][
+        "responses"
+    ].keys()
+    assert {"/healthz", "/model"} <= spec["paths"].keys()
+
+
+def test_the_documented_example_is_accepted(endpoint: Digits) -> None:
+    for example in Digits.examples.values():
+        assert post(endpoint.asgi(), json.dumps(example).encode(), "application/json").status == 200
+
+
+def test_before_a_model_is_loaded() -> None:
+    empty = Digits()
+    app = empty.asgi()
+    for got in (get(app, "/healthz"), get(app, "/model"), post(app, b"{}", "application/json")):
+        assert (got.status, got.code, got.headers["x-model-version"]) == (503, "no_model", "none")
+    with pytest.raises(ClusterError, match="no model"):
+        empty.check_health()
+
+
+def test_swap_under_load_mixes_nothing_and_loses_nothing(endpoint: Digits, tmp_path: Path) -> None:
+    second = write_version(tmp_path, 2, always=5)
+    body = json.dumps(PIXELS).encode()
+
+    async def main() -> list[tuple[str, int]]:
+        app = endpoint.asgi()
+        seen: list[tuple[str, int]] = []
+
+        async def caller() -> None:
+            while len(seen) < 400:
+                got = await ask(app, body=body, headers={"content-type": "application/json"})
+                assert got.status == 200
+                seen.append((got.headers["x-model-version"], got.json["class"]))
+
+        async def swap() -> None:
+            while len(seen) < 100:
+                await asyncio.sleep(0)
+            await asyncio.to_thread(endpoint.load, second)
+
+        await asyncio.gather(swap(), *(caller() for _ in range(8)))
+        return [*seen, await last(app)]
+
+    async def last(app: Any) -> tuple[str, int]:
+        got = await ask(app, body=body, headers={"content-type": "application/json"})
+        return got.headers["x-model-version"], got.json["class"]
+
+    seen = asyncio.run(main())
+    assert set(seen) == {("digits@1", 3), ("digits@2", 5)}
+    assert seen[-1] == ("digits@2", 5)
+
+
+def test_a_bad_package_leaves_the_version_before(endpoint: Digits, tmp_path: Path) -> None:
+    second = write_version(tmp_path, 2)
+    weights = bytearray((second / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (second / "model.safetensors").write_bytes(weights)
+    with pytest.raises(CorruptError):
+        endpoint.load(second)
+    app = endpoint.asgi()
+    model = get(app, "/model").json
+    assert (model["version"], model["rejected"]) == (1, True)
+    assert post(app, json.dumps(PIXELS).encode(), "application/json").json["version"] == 1
+    endpoint.load(write_version(tmp_path, 3))
+    assert get(app, "/model").json["rejected"] is False
+
+
+def test_a_package_of_another_model_is_refused(endpoint: Digits, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="digits@2, not digits@9"):
+        endpoint.load(write_version(tmp_path, 2), expect=("digits", 9))
+    assert endpoint.loaded is not None
+    assert endpoint.loaded.version == 1
+
+
+def test_waiting_requests_run_as_one_batch(endpoint: Digits) -> None:
+    sizes: list[int] = []
+    answer = endpoint.answer
+
+    def spy(outputs: Any) -> Any:
+        sizes.append(len(outputs))
+        return answer(outputs)
+
+    endpoint.answer = spy  # type: ignore[method-assign]
+    body = json.dumps(PIXELS).encode()
+
+    async def main() -> None:
+        app = endpoint.asgi()
+        await asyncio.gather(
+            *(ask(app, body=body, headers={"content-type": "application/json"}) for _ in range(20))
+        )
+
+    asyncio.run(main())
+    assert sizes == [20]
+
+
+def test_fast_models_run_inline_and_slow_ones_do_not(endpoint: Digits) -> None:
+    for _ in range(40):
+        endpoint._choose_thread(0.0001)
+    assert endpoint._batcher.executor is None
+    for _ in range(10):
+        endpoint._choose_thread(0.05)
+    assert endpoint._batcher.executor is not None
+
+
+@pytest.mark.parametrize("style", ["as it is", "inverted", "enlarged", "on grey paper", "off centre"])
+def test_a_picture_becomes_what_the_data_set_holds(endpoint: Digits, style: str) -> None:
+    """30 digits of the data set, drawn in five styles, come out close to their 8 x 8 original."""
+    from shoal.serve.core.picture import open_picture
+    from sklearn.datasets import load_digits
+
+    errors = []
+    for pixels in load_digits().images[:30]:
+        small = Image.fromarray((pixels * 255 / 16).astype(np.uint8))
+        large = small.resize((160, 160), Image.Resampling.BICUBIC)
+        image = {
+            "as it is": small,
+            "inverted": Image.eval(small, lambda value: 255 - value),
+            "enlarged": large,
+            "on grey paper": Image.eval(large, lambda value: 230 - value // 2),
+            "off centre": _pasted(large),
+        }[style]
+        found = endpoint.from_picture(open_picture(png(image)))
+        assert found.shape == (8, 8)
+        assert found.dtype == np.float32
+        errors.append(np.abs(found - pixels / 16).mean())
+    # Enlarging blurs; cropping anew may shift a digit by part of a cell; a wrong polarity gives 0.3 and more.
+    assert np.mean(errors) < {"as it is": 0.01, "inverted": 0.01, "off centre": 0.12}.get(style, 0.06)
+
+
+def _pasted(digit: Image.Image) -> Image.Image:
+    page = Image.new("L", (500, 400), 255)
+    page.paste(Image.eval(digit, lambda value: 255 - value), (30, 200))
+    return page
