@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from config_reading import LAPTOP, Read
 from shoal.config import LocalPool, Machine
-from shoal.config.machine import _count_gpus
+from shoal.config.machine import _container_limits, _count_gpus
 from shoal.errors import ConfigError
 
 FILE = """
@@ -79,6 +79,16 @@ def test_gpus_are_counted_without_a_gpu_library(tmp_path: Path) -> None:
     }
     assert seen == {"": 0, "-1": 0, "1": 1, "0,1,2": 2}
     assert _count_gpus({}, tmp_path) == 2
+
+
+def test_container_limits_count(tmp_path: Path) -> None:
+    assert _container_limits(tmp_path) == (None, None)
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert _container_limits(tmp_path) == (None, None)
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    (tmp_path / "memory.max").write_text("1073741824\n")
+    assert _container_limits(tmp_path) == (2, GIB)
 
 
 def test_this_machine_has_something() -> None:

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from shoal.config.values import Duration, Gpus, Range, Size
 from shoal.errors import RequestError
 
-fast = settings(max_examples=60, deadline=None, database=None, derandomize=True)
+fast = settings(max_examples=40, deadline=None, database=None, derandomize=True)
 
 ranges = st.tuples(st.integers(0, 10**9), st.integers(0, 10**9)).map(lambda ends: Range(min(ends), max(ends)))
 sizes = st.one_of(
@@ -133,6 +133,7 @@ def test_gpus() -> None:
         (Range, 1.0, "not a range"),
         (Range, "9" * 5000, "not a range"),
         (Size, "8gib", "did you mean 8Gi?"),
+        (Size, "8{x}", "no such unit '{x}'"),
         (Size, "8X", "no such unit 'X', only Ti, T, Gi"),
         (Size, "0.3", "not a whole number of bytes"),
         (Size, -1, "from 0 to"),

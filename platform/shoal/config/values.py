@@ -77,8 +77,7 @@ def _as_pydantic_error(parse: Callable[[object], Any]) -> Callable[[object], Any
         try:
             return parse(value)
         except RequestError as error:
-            # The text goes in as a parameter: pydantic would read braces in it as its own template.
-            raise PydanticCustomError("shoal_value", "{text}", {"text": str(error)}) from None
+            raise PydanticCustomError("shoal_value", str(error)) from None
 
     return validate
 
