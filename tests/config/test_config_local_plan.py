@@ -70,6 +70,11 @@ def test_a_gpu_pool_without_gpus_holds_its_workers_on_cpus(read: Read) -> None:
         read(FILE, overrides=["train={pool: gpu, workers: 2}"], machine=one_gpu)
 
 
+def test_a_cpu_pool_does_not_count_the_gpus_of_another(read: Read) -> None:
+    one_gpu = Machine(num_cpus=4, memory_bytes=GIB, num_gpus=1)
+    assert read(FILE, overrides=["train={pool: cpu, workers: 4}"], machine=one_gpu).train.workers.min == 4
+
+
 def test_gpus_are_counted_without_a_gpu_library(tmp_path: Path) -> None:
     for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "null"):
         (tmp_path / name).touch()

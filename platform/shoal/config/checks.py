@@ -30,12 +30,12 @@ class Finding:
 class _Capacity:
     """The most that some part of the cluster can ever have."""
 
-    cpus: float
+    cpus: int
     gpus: int
-    memory_bytes: int | None
-    """None where the file does not say."""
     of: str
     """Whose capacity it is, as the subject of a sentence."""
+    memory_bytes: int | None = None
+    """None where the file does not say."""
     raise_by: str = ""
     """The setting that gives more; empty where none can."""
 
@@ -89,13 +89,12 @@ def _check_workers(config: ClusterConfig, machine: Machine) -> Iterator[Finding]
         problem = Problem("train.pool", f"no such pool; {known}{hint}", repr(pool))
         yield Finding(problem, ("train.pool", f"pools.{pool}"))
         return
-    capacity = _pool_capacity(config, machine, pool)
-    per_gpu = capacity.gpus > 0 and pool is not None
-    most = capacity.gpus if per_gpu else int(capacity.cpus)
+    capacity = _worker_capacity(config, machine)
+    most = capacity.gpus or capacity.cpus
     # On this machine a range may reach beyond what there is: the file describes a larger cluster too.
     wanted = workers.min if config.target == "local" else workers.max
     if wanted > most:
-        has = count(most, "GPU" if per_gpu else "CPU")
+        has = count(most, "GPU" if capacity.gpus else "CPU")
         message = (
             f"{count(wanted, 'worker')} can never run: {capacity.of} has {has}, one for each worker; "
             f"{capacity.advice('ask for')}"
@@ -136,23 +135,24 @@ def _check_target(config: ClusterConfig) -> Iterator[Finding]:
         yield Finding(problem, ("target", f"targets.{config.target}"))
 
 
-def _pool_capacity(config: ClusterConfig, machine: Machine, pool: str | None) -> _Capacity:
+def _worker_capacity(config: ClusterConfig, machine: Machine) -> _Capacity:
+    """What training can ever have; in a pool with GPUs each worker holds one of them."""
+    pool = config.train.pool
     if pool is None:
-        return _cluster_capacity(config, machine)
+        return replace(_cluster_capacity(config, machine), gpus=0)
     if config.target == "local":
-        here = plan_local(config, machine).pools[pool]
-        if not here.num_gpus:
-            return _cluster_capacity(config, machine)
-        return _Capacity(here.num_cpus, here.num_gpus, machine.memory_bytes, f"pool {pool} on this machine")
+        num_gpus = plan_local(config, machine).pools[pool].num_gpus
+        if not num_gpus:
+            return replace(_cluster_capacity(config, machine), gpus=0)
+        return _Capacity(machine.num_cpus, num_gpus, of=f"pool {pool} on this machine")
     spec = config.pools[pool]
-    memory = spec.nodes.max * spec.memory if spec.memory is not None else None
-    return _Capacity(spec.max_cpus, spec.max_gpus, memory, f"pool {pool}", f"pools.{pool}.nodes")
+    return _Capacity(spec.max_cpus, spec.max_gpus, of=f"pool {pool}", raise_by=f"pools.{pool}.nodes")
 
 
 def _cluster_capacity(config: ClusterConfig, machine: Machine) -> _Capacity:
     if config.target == "local":
         plan = plan_local(config, machine)
-        return _Capacity(plan.cpus, plan.gpus, plan.memory_bytes, "target local", "targets.local.cpu")
+        return _Capacity(plan.cpus, plan.gpus, "target local", plan.memory_bytes, "targets.local.cpu")
     pools = config.pools.values()
     memories = [pool.nodes.max * pool.memory for pool in pools if pool.memory is not None]
     return _Capacity(
