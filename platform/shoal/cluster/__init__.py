@@ -1,6 +1,25 @@
-"""One Ray cluster of one project: start it, find it, attach to it, look at it, stop it."""
+"""One Ray cluster of one project: start it, find it, attach to it, look at it, stop it. Loads no Ray."""
 
+from shoal.cluster.attach import NAMESPACE, attach, detach
+from shoal.cluster.doctor import Finding, doctor
 from shoal.cluster.info import ClusterInfo, differences, environment, find
 from shoal.cluster.lifecycle import down, up
+from shoal.cluster.status import ClusterStatus, Holder, NodeStatus, status
 
-__all__ = ["ClusterInfo", "differences", "down", "environment", "find", "up"]
+__all__ = [
+    "NAMESPACE",
+    "ClusterInfo",
+    "ClusterStatus",
+    "Finding",
+    "Holder",
+    "NodeStatus",
+    "attach",
+    "detach",
+    "differences",
+    "doctor",
+    "down",
+    "environment",
+    "find",
+    "status",
+    "up",
+]

@@ -73,8 +73,9 @@ def _is_attached(info: ClusterInfo) -> bool:
     there = ray.get_runtime_context().gcs_address
     if there != info.address:
         raise ClusterError(
-            f"this process is attached to the Ray cluster at {there}, not to {info.name!r} at {info.address}. "
-            f"A process has one cluster at a time: leave that one with ray.shutdown(), or use another process."
+            f"this process is attached to the Ray cluster at {there}, not to {info.name!r} at "
+            f"{info.address}. A process has one cluster at a time: leave that one with ray.shutdown(), "
+            f"or use another process."
         )
     return True
 

@@ -20,7 +20,7 @@ _LOOPBACK = "127.0.0.1"
 _BIND = r"(?m)^\s*bind\s+(\S+)"
 
 
-def mend(text, side_ports, serve):
+def mend(text: str, side_ports: list[str], serve: str) -> str:
     """Return the configuration with statistics and metrics on loopback and the admin socket private.
 
     ``side_ports`` are the ports of the statistics and metrics pages, ``serve`` is "host:port" where the
@@ -42,11 +42,13 @@ def mend(text, side_ports, serve):
     return text
 
 
-def main(argv):
-    """Mend the file after ``-f`` in place and become ``argv[0]``, HAProxy, with the same arguments."""
+def main(argv: list[str]) -> str:
+    """Mend the file after ``-f`` and become ``argv[0]``, HAProxy, with the same arguments; or say why not."""
     config = argv[argv.index("-f") + 1]
     side_ports = [os.environ[f"RAY_SERVE_HAPROXY_{name}_PORT"] for name in ("STATS", "METRICS")]
-    serve = "{}:{}".format(os.environ["SHOAL_SERVE_HOST"].replace("0.0.0.0", "*"), os.environ["SHOAL_SERVE_PORT"])
+    serve = "{}:{}".format(
+        os.environ["SHOAL_SERVE_HOST"].replace("0.0.0.0", "*"), os.environ["SHOAL_SERVE_PORT"]
+    )
     parent = os.getppid()
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
@@ -61,7 +63,7 @@ def main(argv):
     with open(f"{config}.mended", "w") as file:
         file.write(mended)
     os.replace(f"{config}.mended", config)
-    os.execv(argv[0], argv)
+    return os.execv(argv[0], argv)
 
 
 if __name__ == "__main__":

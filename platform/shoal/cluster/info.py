@@ -20,8 +20,7 @@ import psutil
 from shoal.cluster import processes, ray_edge
 from shoal.errors import ClusterError
 
-RECORD_ENV = "SHOAL_CLUSTER"
-"""Environment variable with the path of the cluster's record; every process of the cluster has it."""
+RECORD_ENV = processes.RECORD
 RECORD_NAME = "cluster.json"
 _FORMAT = 1
 
@@ -95,7 +94,8 @@ class ClusterInfo:
     def to_json(self) -> dict[str, Any]:
         """As plain data for the record."""
         plain = {
-            key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(self).items()
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in dataclasses.asdict(self).items()
         }
         return {"format": _FORMAT, **plain}
 
@@ -195,11 +195,11 @@ def haproxy_threads(num_cpus: int) -> int:
 def differences(info: ClusterInfo, config: Mapping[str, Any]) -> list[str]:
     """Where a resolved config differs from the one the cluster runs with: "path: running 1, file 2"."""
     running, wanted = _flatten(info.config), _flatten(config)
-    lines = []
-    for path in sorted(running.keys() | wanted.keys()):
-        if running.get(path) != wanted.get(path):
-            lines.append(f"{path}: running {_show(running, path)}, file {_show(wanted, path)}")
-    return lines
+    return [
+        f"{path}: running {_show(running, path)}, file {_show(wanted, path)}"
+        for path in sorted(running.keys() | wanted.keys())
+        if running.get(path) != wanted.get(path)
+    ]
 
 
 def check_versions(info: ClusterInfo) -> None:
@@ -210,7 +210,11 @@ def check_versions(info: ClusterInfo) -> None:
     """
     here = {"Ray": ray_edge.installed_ray_version(), "Python": python_version()}
     there = {"Ray": info.ray_version, "Python": info.python_version}
-    wrong = [f"{what} {here[what]} here, {there[what]} in the cluster" for what in here if here[what] != there[what]]
+    wrong = [
+        f"{what} {here[what]} here, {there[what]} in the cluster"
+        for what in here
+        if here[what] != there[what]
+    ]
     if wrong:
         raise ClusterError(
             f"cluster {info.name!r} was started by another environment: {'; '.join(wrong)}. "
@@ -231,6 +235,8 @@ def _flatten(value: Any, path: str = "") -> dict[str, Any]:
     if isinstance(value, Mapping) and value:
         pairs: Iterable[tuple[Any, Any]] = value.items()
         return {
-            key: leaf for name, child in pairs for key, leaf in _flatten(child, f"{path}.{name}".lstrip(".")).items()
+            key: leaf
+            for name, child in pairs
+            for key, leaf in _flatten(child, f"{path}.{name}".lstrip(".")).items()
         }
     return {path: value}

@@ -24,10 +24,13 @@ from shoal.storage import FileLock, Storage, write_json
 if TYPE_CHECKING:
     from shoal.config import ClusterConfig
 
-_STARTING_NAME = "cluster.starting.json"
+STARTING_NAME = "cluster.starting.json"
 """Written before the first process, removed when the cluster is recorded: names what a dead `up` left."""
 _LOCK_TIMEOUT_S = starting.START_DEADLINE_S + 60.0
 """Longer than a start: whoever waits gets the cluster that the other one starts."""
+
+LOCAL_NAMES = {"localhost": ray_edge.LOOPBACK}
+"""Names with one address for every program; resolving them differs between HAProxy, Ray and Python."""
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +50,9 @@ def up(config: ClusterConfig, *, project: Path, say: Callable[[str], None] = _lo
     return up_plan(plan, say=say, notes=notes)
 
 
-def up_plan(plan: StartPlan, *, say: Callable[[str], None] = _log.info, notes: tuple[str, ...] = ()) -> ClusterInfo:
+def up_plan(
+    plan: StartPlan, *, say: Callable[[str], None] = _log.info, notes: tuple[str, ...] = ()
+) -> ClusterInfo:
     """As ``up``, from a plan already made."""
     check_installation()
     with _lock(plan.project):
@@ -60,7 +65,7 @@ def up_plan(plan: StartPlan, *, say: Callable[[str], None] = _log.info, notes: t
             say(note)
         Storage(plan.storage).check()
         _check_serve_port(plan)
-        marker = state_dir(plan.project) / _STARTING_NAME
+        marker = state_dir(plan.project) / STARTING_NAME
         write_json(marker, {"cluster_id": plan.cluster_id, "run_dir": str(plan.run_dir)})
         starting.private_dir(starting.runtime_root())
         # One start at a time per user: the ports of one are written down before the next chooses.
@@ -89,7 +94,9 @@ def down(project: Path, *, say: Callable[[str], None] = _log.info) -> bool:
         found = _claims(project)
         for cluster_id, run_dir in found:
             if os.environ.get(processes.CLUSTER_ID) == cluster_id:
-                raise RequestError("`shoal down` was called from inside the cluster it would stop; call it from a shell")
+                raise RequestError(
+                    "`shoal down` was called from inside the cluster it would stop; call it from a shell"
+                )
             say(f"stopping cluster {cluster_id[:8]}")
             starting.abandon(cluster_id, run_dir)
         _forget(project)
@@ -102,28 +109,27 @@ def plan_start(config: ClusterConfig, *, project: Path) -> tuple[StartPlan, tupl
     Raises:
         RequestError: the target is not ``local``, the only one that can be started from here.
     """
-    from shoal.config.machine import Machine
+    from shoal.config import Machine
 
     if config.target != "local":
         raise RequestError(f"target {config.target!r} cannot be started by `shoal up`; use --target local")
     project = project.resolve()
     here = Machine.here()
     local = config.local_plan(here.num_cpus, here.memory_bytes, here.num_gpus)
-    storage = (project / config.storage).resolve()
     plan = StartPlan(
         cluster_id=secrets.token_hex(8),
         name=config.name,
         project=project,
-        storage=storage,
-        tracking=config.tracking or f"sqlite:///{storage / 'tracking' / 'mlflow.db'}",
-        serve_host=config.serve.host,
+        storage=config.storage_path(project),
+        tracking=config.tracking_uri(project),
+        serve_host=LOCAL_NAMES.get(config.serve.host, config.serve.host),
         serve_port=config.serve.port,
-        num_cpus=int(local.cpus),
-        num_gpus=int(local.gpus),
+        num_cpus=local.cpus,
+        num_gpus=local.gpus,
         memory_bytes=None,
-        config=config.model_dump(mode="json"),
+        config=config.as_dict(),
     )
-    return plan, tuple(local.notes)
+    return plan, local.notes
 
 
 def check_installation() -> None:
@@ -158,9 +164,9 @@ def _recover(project: Path, say: Callable[[str], None]) -> ClusterInfo | None:
 
 
 def _claims(project: Path) -> list[tuple[str, Path]]:
-    """Ids and folders of every cluster that this project's records name, running or not."""
+    """Ids and folders of every cluster of this project: by its records, and by processes that name it."""
     claims = {}
-    for name in (cluster_info.RECORD_NAME, _STARTING_NAME):
+    for name in (cluster_info.RECORD_NAME, STARTING_NAME):
         path = state_dir(project) / name
         try:
             record = json.loads(path.read_text())
@@ -168,15 +174,16 @@ def _claims(project: Path) -> list[tuple[str, Path]]:
         except FileNotFoundError:
             continue
         except (OSError, ValueError, KeyError, TypeError) as error:
-            # Its processes still carry the record's path in their environment.
-            _log.warning("%s cannot be read (%s); looking for its cluster by environment", path, error)
-            for cluster_id in processes.cluster_ids_with(cluster_info.RECORD_ENV, str(state_dir(project) / cluster_info.RECORD_NAME)):
-                claims[cluster_id] = starting.runtime_root() / cluster_id[:8]
+            _log.warning("%s cannot be read (%s); its cluster is found by its processes", path, error)
+    record_path = state_dir(project) / cluster_info.RECORD_NAME
+    for cluster_id, claimed in processes.claims():
+        if claimed == record_path:
+            claims.setdefault(cluster_id, starting.runtime_root() / cluster_id[:8])
     return list(claims.items())
 
 
 def _forget(project: Path) -> None:
-    for name in (cluster_info.RECORD_NAME, _STARTING_NAME):
+    for name in (cluster_info.RECORD_NAME, STARTING_NAME):
         (state_dir(project) / name).unlink(missing_ok=True)
 
 
@@ -192,7 +199,8 @@ def _lock(project: Path) -> FileLock:
         lock.acquire(timeout_s=_LOCK_TIMEOUT_S)
     except DeadlineExceeded as error:
         raise ClusterError(
-            f"another `shoal up` or `shoal down` of {project} does not end ({error}). End that process, and try again."
+            f"another `shoal up` or `shoal down` of {project} does not end ({error}). End that process, "
+            f"and try again."
         ) from error
     return lock
 
@@ -213,5 +221,6 @@ def _check_serve_port(plan: StartPlan) -> None:
     if port and not port_plan.is_free(port):
         by = port_plan.holder(port) or "a process of another user"
         raise RequestError(
-            f"serve.port {port} is taken by {by}. End it, or choose another: serve.port in cluster.yaml (0: any free)"
+            f"serve.port {port} is taken by {by}. End it, or choose another: serve.port in cluster.yaml "
+            f"(0: any free)"
         )

@@ -33,7 +33,9 @@ def block_starts() -> list[int]:
 
 def plan(start: int, *, serve_port: int) -> dict[str, int]:
     """The ports of a cluster whose block begins at ``start``; ``serve_port`` 0 takes one of the block."""
-    assert len(ray_edge.FIXED_PORTS) + ray_edge.NUM_REPLICA_PORTS + ray_edge.NUM_REPLICA_GRPC_PORTS <= BLOCK_SIZE
+    assert (
+        len(ray_edge.FIXED_PORTS) + ray_edge.NUM_REPLICA_PORTS + ray_edge.NUM_REPLICA_GRPC_PORTS <= BLOCK_SIZE
+    )
     ports = {name: start + offset for offset, name in enumerate(ray_edge.FIXED_PORTS)}
     ports[ray_edge.REPLICA_GRPC_PORTS] = start + len(ray_edge.FIXED_PORTS)
     ports[ray_edge.REPLICA_PORTS] = start + BLOCK_SIZE - ray_edge.NUM_REPLICA_PORTS
@@ -76,13 +78,14 @@ def holder_pid(port: int) -> int | None:
     except psutil.AccessDenied:
         return None
     for connection in connections:
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+        listens = connection.status == psutil.CONN_LISTEN
+        if listens and connection.pid and tuple(connection.laddr)[1:2] == (port,):
             return int(connection.pid)
     return None
 
 
 def holder(port: int) -> str | None:
-    """Who listens on ``port``, as "name (pid 12): command"; None where nobody does, or it is not ours to know."""
+    """Who listens on ``port``, as "name (pid 12): command"; None when nobody does or we may not know."""
     pid = holder_pid(port)
     if pid is None:
         return None

@@ -8,18 +8,19 @@ else is ever touched.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
 CLUSTER_ID = "SHOAL_CLUSTER_ID"
 """Environment variable that marks every process of a cluster with the cluster's id."""
 
-_log = logging.getLogger(__name__)
+RECORD = "SHOAL_CLUSTER"
+"""Environment variable with the path of the cluster's record; clients have it too, without the id."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Listener:
 
 
 def cluster_id_of(process: psutil.Process) -> str | None:
-    """The id of the cluster that started ``process``; None when none did, or it is gone or not ours to read."""
+    """The id of the cluster that started ``process``; None when none did, or we may not know."""
     try:
         return process.environ().get(CLUSTER_ID)
     except (psutil.Error, OSError):
@@ -97,22 +98,25 @@ def stop(cluster_id: str, *, grace_s: float, deadline_s: float) -> list[psutil.P
 
 def listeners(cluster_id: str) -> list[Listener]:
     """Every listening TCP socket of the cluster's processes, ordered by port."""
-    found = []
+    found: set[Listener] = set()
     for process in find(cluster_id):
         with contextlib.suppress(psutil.Error):
             name = process.name()
-            for connection in process.net_connections(kind="tcp"):
-                if connection.status == psutil.CONN_LISTEN:
-                    found.append(Listener(process.pid, name, connection.laddr.ip, connection.laddr.port))
-    return sorted(set(found), key=lambda listener: (listener.port, listener.pid))
+            found.update(
+                Listener(process.pid, name, *connection.laddr[:2])
+                for connection in process.net_connections(kind="tcp")
+                if connection.status == psutil.CONN_LISTEN
+            )
+    return sorted(found, key=lambda listener: (listener.port, listener.pid))
 
 
-def cluster_ids_with(variable: str, value: str) -> set[str]:
-    """Ids of clusters that have a process with this environment variable and value."""
-    found = set()
+def claims() -> dict[tuple[str, Path], list[psutil.Process]]:
+    """Every process of any cluster that we may look at, by the cluster's id and the path of its record."""
+    found: dict[tuple[str, Path], list[psutil.Process]] = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             environment = process.environ()
-            if environment.get(variable) == value and CLUSTER_ID in environment:
-                found.add(environment[CLUSTER_ID])
+            if CLUSTER_ID in environment and RECORD in environment and is_running(process):
+                claim = (environment[CLUSTER_ID], Path(environment[RECORD]))
+                found.setdefault(claim, []).append(process)
     return found

