@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -34,6 +35,7 @@ class TrackerActor:
 
     def __init__(self, storage: str, uri: str) -> None:
         os.nice(10)  # MLflow takes 7 CPU-seconds to open a new store; training must not wait for that
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # we say it ourselves, once
         self._tracker = Tracker(Storage(Path(storage)), uri)
         self._tracker.start()
 
@@ -121,7 +123,7 @@ class TrackerClient:
     def _silent(self, method: str, why: str) -> TrackingError:
         return TrackingError(
             f"the cluster's tracker did not answer {method!r} within {self._timeout_s:g} s: {why}. "
-            "Try again; if it stays so, look at `shoal status` and `shoal logs tracker`"
+            "Try again; if it stays so, look at `shoal status`"
         )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from shoal.errors import NotFoundError, RequestError, ShoalError, TrackingError
 from shoal.tracking.delivery import Batch
@@ -30,12 +31,14 @@ _STATUS = {
 
 
 def quiet_environment(environ: Any = os.environ) -> None:
-    """Set what MLflow reads from the environment: no telemetry, and short waits for a server that is gone.
-
-    Waits that the user chose are kept.
+    """Set what MLflow reads from the environment: no telemetry, no chatter, and short waits for a server that
+    is gone. Waits that the user chose are kept.
     """
     environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     environ["DO_NOT_TRACK"] = "true"
+    environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+    environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
+    environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(_REQUEST_TIMEOUT_S))
     environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
@@ -140,7 +143,7 @@ class MlflowStore:
         """Keep ``text`` as an artifact; False where the server keeps them in a folder of its own machine."""
         with self.translated():
             where = self.client.get_run(run_id).info.artifact_uri
-            if self._is_server and (where.startswith(("/", "file:", ".")) or "://" not in where):
+            if self._is_server and urlsplit(where).scheme in ("", "file"):
                 return False  # MLflow would write that path on *this* machine
             self.client.log_text(run_id, text, path)
             return True
@@ -177,11 +180,10 @@ class MlflowStore:
                     return found
 
     def _trouble(self, message: str) -> TrackingError:
-        first = message.strip().splitlines()[0][:500] if message.strip() else "no reason given"
         check = "is the server up, and is `tracking:` in cluster.yaml its URL?"
         if not self._is_server:
             check = "is the disk full, or the file held by another process?"
-        return TrackingError(f"tracking at {self.uri} does not answer: {first} ({check})")
+        return TrackingError(f"tracking at {self.uri} does not answer: {_gist(message)} ({check})")
 
 
 def without_credentials(uri: str) -> str:
@@ -194,3 +196,10 @@ def _without_secret(text: str, raw_uri: str, shown_uri: str) -> str:
     if (secret := re.search(r"//([^/@]+)@", raw_uri)) is not None:
         text = text.replace(secret.group(1), "***")
     return text
+
+
+def _gist(message: str) -> str:
+    """What went wrong, in a line: the system's words where there are any, such as ``Connection refused``."""
+    if (system := re.search(r"\[Errno -?\d+\] ([^'\")\n]+)", message)) is not None:
+        return system.group(1)
+    return next(iter(message.strip().splitlines()), "no reason given")[:500]

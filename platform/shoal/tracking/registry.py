@@ -187,7 +187,7 @@ class RegistryStore:
             while True:
                 made = store.client.create_model_version(
                     model,
-                    source=f"shoal:models/{model}",  # not a path: a remote server refuses those
+                    source=f"shoal://models/{model}",  # not a path: servers refuse those
                     run_id=self._run_id(run) if run is not None else None,
                     tags=tags,
                     await_creation_for=0,
@@ -195,7 +195,9 @@ class RegistryStore:
                 version = int(made.version)
                 if not self._storage.model_dir(model, version).exists():
                     break
-                taken.append(version)  # files of a version that MLflow forgot: never written over
+                taken.append(
+                    version
+                )  # files of a version MLflow forgot: not written over, nor numbered again
             for number in taken:
                 store.client.delete_model_version(model, str(number))
         return version
@@ -328,7 +330,7 @@ class RegistryStore:
                 self._remove(store, model, int(found.version))
 
     def _remove(self, store: MlflowStore, model: str, version: int) -> None:
-        # The files first: MLflow gives the number again once the version is gone.
+        # The files first: an MLflow that gives numbers again (its SQL store does not) must find none.
         discard(self._storage.model_dir(model, version))
         with store.translated():
             store.client.delete_model_version(model, str(version))
