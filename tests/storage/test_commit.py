@@ -169,6 +169,16 @@ def test_dying_while_discarding_never_leaves_half_a_directory(tmp_path: Path) ->
     discard(counted)  # again: fine
 
 
+def test_dying_among_the_files_of_a_discarded_directory(committed: Path) -> None:
+    def discard_and_die() -> None:
+        os.unlink = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+        discard(committed)
+
+    assert in_child(discard_and_die) == -signal.SIGKILL
+    assert not committed.exists()
+    assert len(collect_orphans(committed.parent)) == 1
+
+
 def test_a_file_that_grows_beyond_the_limit_of_the_process(tmp_path: Path) -> None:
     """A real failure of write(2) half way, without root: RLIMIT_FSIZE."""
 
@@ -230,3 +240,25 @@ def test_what_cannot_be_cleaned_up_is_logged(
         commit_content(tmp_path / "target", disk=failing_disk(4))
     assert "could not delete" in caplog.text
     assert newest_verified(tmp_path, on_rejected=lambda path, reason: pytest.fail(reason)) is None
+
+
+def test_everything_is_on_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    sync, rename = os.fsync, os.rename
+
+    def recorded_sync(descriptor: int) -> None:
+        events.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        sync(descriptor)
+
+    def recorded_rename(source: Path, target: Path) -> None:
+        events.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_sync)
+    monkeypatch.setattr(os, "rename", recorded_rename)
+    commit_content(tmp_path / "target")
+    temporary = next(name for name in events if name.startswith(".target."))
+    files = ["rank-0", "rank-1", "state.json", "weights.bin"]
+    assert events == [*files, MANIFEST, "parts", temporary, "rename", tmp_path.name]

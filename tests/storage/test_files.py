@@ -24,7 +24,7 @@ from shoal.storage import (
     read_lines,
     write_json,
 )
-from storage_faults import dying_disk, failing_disk, in_child, num_steps, start_child, wait_child
+from storage_faults import SteppedDisk, dying_disk, failing_disk, in_child, num_steps, start_child, wait_child
 
 
 def test_json_comes_back(tmp_path: Path) -> None:
@@ -83,12 +83,17 @@ def test_of_many_that_create_at_once_exactly_one_does(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a.json"]
 
 
-def test_the_race_itself_is_lost_without_a_trace(tmp_path: Path) -> None:
+def test_whoever_publishes_first_has_created(tmp_path: Path) -> None:
     """The other process creates the file after we looked whether it exists."""
     path = tmp_path / "a.json"
-    disk = failing_disk(1, errno.EEXIST)  # the call that gives the name
-    assert not create_json(path, 1, disk=disk)
-    assert os.listdir(tmp_path) == []
+
+    def be_overtaken(step: int, name: str) -> None:
+        if name == "publish_file":
+            assert create_json(path, "other")
+
+    assert not create_json(path, "mine", disk=SteppedDisk(be_overtaken))
+    assert read_json(path) == "other"
+    assert os.listdir(tmp_path) == ["a.json"]
 
 
 def test_unreadable_json_is_named(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -77,12 +79,16 @@ def test_a_child_forked_by_the_holder_does_not_keep_the_lock(tmp_path: Path) -> 
     lock.release()
 
 
-def test_looking_at_a_lock_does_not_take_it(tmp_path: Path) -> None:
-    lock, looker = FileLock(tmp_path / "lock"), FileLock(tmp_path / "lock")
+def test_those_who_look_do_not_see_each_other_nor_keep_anybody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "lock"
+    path.touch()
+    looking = os.open(path, os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_SH)  # as `is_held` does for a moment
+    lock = FileLock(path)
+    assert not lock.is_held()
+    monkeypatch.setattr(time, "sleep", lambda seconds: os.close(looking))  # the moment is over while we wait
     lock.acquire()
-    lock.release()
-    descriptor = os.open(tmp_path / "lock", os.O_RDONLY)
-    assert not looker.is_held()
-    os.close(descriptor)
-    lock.acquire()
+    assert lock.is_held()
     lock.release()

@@ -73,7 +73,7 @@ def test_every_other_length_is_seen(committed: Path, name: str) -> None:
     content = (committed / name).read_bytes()
     for length in reversed(range(len(content))):
         os.truncate(committed / name, length)
-        assert_corrupt(committed)
+        assert_corrupt(committed, None if name == MANIFEST else f"{length} bytes instead of {len(content)}")
     for more in (b"\0", b"\n", b" ", content[:1] or b"x"):
         (committed / name).write_bytes(content + more)
         assert_corrupt(committed)
@@ -82,7 +82,7 @@ def test_every_other_length_is_seen(committed: Path, name: str) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_a_missing_file_is_seen(committed: Path, name: str) -> None:
     (committed / name).unlink()
-    assert_corrupt(committed, "never committed" if name == MANIFEST else name)
+    assert_corrupt(committed, "never committed" if name == MANIFEST else f"missing: {name}")
 
 
 def test_an_added_file_is_seen(committed: Path) -> None:
