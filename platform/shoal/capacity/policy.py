@@ -85,7 +85,7 @@ def describe(snapshot: Snapshot, per_worker: Resources) -> str:
     names = [name for name, amount in per_worker.items() if amount > 0] or ["CPU"]
     free = ", ".join(f"{available.get(name, 0.0):g} of {total.get(name, 0.0):g} {name}" for name in names)
     relevant = [holder for holder in snapshot.holders if any(holder.holds.get(name) for name in names)]
-    held = "; ".join(str(holder) for holder in relevant) or "nobody we can name"
+    held = "; ".join(str(holder) for holder in relevant) or "nobody"
     return f"free: {free}; held by: {held}"
 
 
@@ -104,13 +104,13 @@ def _units(amount: float) -> int:
 
 
 def _impossible(snapshot: Snapshot, least: int, most_ever: float, per_worker: Resources) -> str:
-    total = snapshot.total
+    total, nodes = snapshot.total, len(snapshot.nodes)
     has = ", ".join(f"{total.get(name, 0.0):g} {name}" for name, need in per_worker.items() if need > 0)
     return (
-        f"{least} worker{'s' if least > 1 else ''} with {_listing(per_worker)} each can never start: "
-        f"the cluster has {has} on {len(snapshot.nodes)} node{'s' if len(snapshot.nodes) != 1 else ''}, room for "
-        f"{most_ever:g} (now {describe(snapshot, per_worker)}). Ask for fewer or smaller workers, "
-        f"or enlarge the pool in cluster.yaml."
+        f"{least} worker{'s' if least > 1 else ''} with {_listing(per_worker)} each can never start: the "
+        f"cluster has {has} on {nodes} node{'s' if nodes != 1 else ''}, room for {most_ever:g} (now "
+        f"{describe(snapshot, per_worker)}). Ask for fewer or smaller workers, or enlarge the pool in "
+        f"cluster.yaml."
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from shoal.capacity.policy import Holder, NodeFree, Resources, Snapshot, describe, grant
 from shoal.config import Range
-from shoal.errors import ClusterError, DeadlineExceeded
+from shoal.errors import ClusterError, DeadlineExceeded, RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +68,11 @@ def wait_for_grant(
     stop = stop or threading.Event()
     deadline = clock() + wait_s
     while not stop.is_set():
-        seen = look()
-        granted = grant(seen, want, per_worker)
+        try:
+            granted = grant(look(), want, per_worker)
+        except RequestError:
+            grant(look(with_holders=True), want, per_worker)  # raises again, and now says who holds what
+            raise
         if granted:
             return granted
         if clock() >= deadline:

@@ -309,16 +309,17 @@ class Workers:
     """One group of training workers on the cluster; `run` it in a thread, `abort` it from any other.
 
     Args:
-        fn: runs on every worker with ``config``, in a thread; ``torch.distributed`` is initialised there (gloo
-            on CPU, nccl where a worker has a GPU) and RANK, WORLD_SIZE, LOCAL_RANK, ... are set. A module-level
-            function travels by name. It sees OMP_NUM_THREADS as Ray set it: the CPUs of one worker.
+        fn: runs on every worker with ``config``, in a thread; ``torch.distributed`` is initialised there
+            (gloo on CPU, nccl where a worker has a GPU) and RANK, WORLD_SIZE, LOCAL_RANK, ... are set. A
+            module-level function travels by name. It sees OMP_NUM_THREADS as Ray set it: one worker's CPUs.
         name: for Ray's pages and logs; need not be unique.
         workers: how many; the range is granted from what is free, again at each new start.
         resources_per_worker: Ray resources, such as ``{"CPU": 1}``.
         max_failures: how many times the group is started again after a worker died, over its whole life.
         storage_path: an existing folder; Ray Train leaves a small folder of its own under ``<storage_path>``.
         grant_wait_s: how long to wait for ``workers.min`` to be free.
-        start_timeout_s: how long room that was granted may take to be there before it is granted anew.
+        start_timeout_s: how long reserving room that was granted may take before it is granted anew. Takes
+            milliseconds unless somebody else was faster, or what Ray says is free was out of date.
         collective_timeout_s: how long a worker waits for its peers in one collective before it fails.
     """
 
@@ -333,7 +334,7 @@ class Workers:
         max_failures: int,
         storage_path: Path,
         grant_wait_s: float = 60.0,
-        start_timeout_s: float = 15.0,
+        start_timeout_s: float = 3.0,
         collective_timeout_s: float = 120.0,
     ) -> None:
         self._fn = fn
