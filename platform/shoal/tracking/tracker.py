@@ -232,7 +232,7 @@ class Tracker:
             progress = self._load(record.name, journal)
             progress.inode = stat.st_ino
             self._progress[record.name] = progress
-        progress.behind_bytes = stat.st_size - progress.offset
+        progress.behind_bytes = max(0, stat.st_size - progress.offset)
         return progress
 
     def _deliver(self, store: MlflowStore, record: RunRecord, progress: _Progress) -> None:
@@ -251,7 +251,7 @@ class Tracker:
                 progress.offset = offset
                 self._save(record.name, progress)
             progress.behind_bytes = 0  # half a line may wait for its end
-            self._deliver_state(store, record, progress)
+            self._deliver_state(store, record, progress, size_bytes)
         except NotFoundError as error:
             # The run was purged from MLflow, or the whole store was: tell it everything again.
             self._warn(f"run {record.name} is gone from MLflow, delivering it again ({error})")
@@ -305,13 +305,20 @@ class Tracker:
             self._keep(store, record.name, run_id, text, "identity.json")
         progress.run_id = run_id  # last: cut off before, all of this is done again
 
-    def _deliver_state(self, store: MlflowStore, record: RunRecord, progress: _Progress) -> None:
-        """Say that a run is interrupted, which its journal cannot say, and that it no longer is."""
+    def _deliver_state(
+        self, store: MlflowStore, record: RunRecord, progress: _Progress, size_bytes: int
+    ) -> None:
+        """Say that a run is interrupted, which its journal cannot say, and that it no longer is.
+
+        Only if the journal still has ``size_bytes``: an ``end`` that was just written knows better.
+        """
         if not progress.run_id or progress.state in END_STATES:
             return
-        state = record.state()
-        if state.value != progress.state and state in (RunState.RUNNING, RunState.INTERRUPTED):
-            store.set_state(progress.run_id, state.value, end_ms=int((record.summary().updated or 0) * 1000))
+        # Not record.state(): that would read the whole journal again, every second.
+        state = RunState.RUNNING if record.is_locked() else RunState.INTERRUPTED
+        stat = record.journal_path.stat()
+        if state.value != progress.state and stat.st_size == size_bytes:
+            store.set_state(progress.run_id, state.value, end_ms=int(stat.st_mtime * 1000))
             progress.state = state.value
             self._save(record.name, progress)
 
