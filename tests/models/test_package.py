@@ -100,8 +100,11 @@ def test_a_newly_imported_recipe_gives_the_same_answers(package: Path) -> None:
 
 def test_each_load_is_a_module_of_its_own_and_leaves_the_random_state(package: Path) -> None:
     opened = ModelPackage.open(package)
+    torch.manual_seed(1)
+    first = opened.load()
+    torch.manual_seed(2)
     state = torch.get_rng_state()
-    first, second = opened.load(), opened.load()
+    second = opened.load()
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first.scratch, second.scratch)
     with torch.no_grad():
@@ -226,6 +229,14 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     commit(tmp_path / "checkpoint", lambda path: (path / "a").touch(), meta={"kind": "checkpoint"})
     with pytest.raises(CorruptError, match="is no model"):
         ModelPackage.open(tmp_path / "checkpoint")
+
+    def write_both(path: Path) -> None:
+        for name in ("model.safetensors", "model.json"):
+            (path / name).touch()
+
+    commit(tmp_path / "other", write_both, meta={"kind": "checkpoint"})
+    with pytest.raises(CorruptError, match="is no model"):
+        ModelPackage.open(tmp_path / "other")
     commit(tmp_path / "empty", lambda path: None, meta={"kind": "model"})
     with pytest.raises(CorruptError, match="is no model"):
         ModelPackage.open(tmp_path / "empty")

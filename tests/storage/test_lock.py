@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -71,12 +72,11 @@ def test_a_child_forked_by_the_holder_does_not_keep_the_lock(tmp_path: Path) -> 
     os.read(reader, 1)
     os.kill(pid, signal.SIGKILL)
     wait_child(pid)
-    lock = FileLock(tmp_path / "lock")
     try:
-        lock.acquire(timeout_s=1)
+        with FileLock(tmp_path / "lock", timeout_s=1) as lock:
+            assert lock.is_held()
     finally:
         os.write(orphan_end, b"1")
-    lock.release()
 
 
 def test_those_who_look_do_not_see_each_other_nor_keep_anybody_out(
@@ -92,3 +92,14 @@ def test_those_who_look_do_not_see_each_other_nor_keep_anybody_out(
     lock.acquire()
     assert lock.is_held()
     lock.release()
+
+
+def test_a_full_disk_does_not_deny_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", fail)
+    with FileLock(tmp_path / "lock"):
+        assert FileLock(tmp_path / "lock").is_held()
+        with pytest.raises(DeadlineExceeded, match="another process"):
+            FileLock(tmp_path / "lock").acquire()

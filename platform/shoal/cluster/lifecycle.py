@@ -69,8 +69,7 @@ def up_plan(
         write_json(marker, {"cluster_id": plan.cluster_id, "run_dir": str(plan.run_dir)})
         starting.private_dir(starting.runtime_root())
         # One start at a time per user: the ports of one are written down before the next chooses.
-        with FileLock(starting.runtime_root() / "lock") as user_lock:
-            user_lock.acquire(timeout_s=_LOCK_TIMEOUT_S)
+        with FileLock(starting.runtime_root() / "lock", timeout_s=_LOCK_TIMEOUT_S):
             info = starting.start(plan, say)
         _record(info)
         marker.unlink()

@@ -39,7 +39,6 @@ def write_package(directory: Path, net: nn.Module, *, model: str, version: int, 
         NotFoundError: the recipe is not where ``lineage`` says.
         StorageError: ``directory`` exists, or the disk is full, read-only or gone.
     """
-    check_reference(lineage.recipe)
     weights = net.state_dict()
     _fit(_build(_recipe(lineage)), weights, lineage)
     description = {"format": FORMAT, "model": model, "version": version, "lineage": lineage.as_dict()}
@@ -167,7 +166,7 @@ def _input_batches(dataset: Dataset[Any], batch_size: int) -> Iterator[tuple[Any
 
 
 def _recipe(lineage: Lineage) -> Recipe:
-    check_reference(lineage.recipe)  # a package from elsewhere may name anything
+    check_reference(lineage.recipe)  # a notebook's when writing, anything when reading from elsewhere
     return from_fields(load_recipe(lineage.recipe), dict(lineage.fields))
 
 

@@ -82,11 +82,10 @@ def _separate(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
             aliases[name] = names_by_place[place]
             continue
         names_by_place[place] = name
-        storage = tensor.untyped_storage()
-        is_part = storage.nbytes() != tensor.numel() * tensor.element_size()
-        if is_part or storage.data_ptr() in storages or not tensor.is_contiguous():
+        storage = tensor.untyped_storage().data_ptr()
+        if storage in storages or not tensor.is_contiguous():
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         else:
-            storages.add(storage.data_ptr())
+            storages.add(storage)
         unique[name] = tensor
     return unique, aliases

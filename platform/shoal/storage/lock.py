@@ -30,12 +30,14 @@ class FileLock:
     does not keep the lock alive when its parent is killed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, timeout_s: float = 0.0) -> None:
+        """``timeout_s`` is how long `acquire` and ``with`` wait for another holder; 0 hardly waits."""
         self.path = path
+        self.timeout_s = timeout_s
         self._descriptor: int | None = None
 
-    def acquire(self, *, timeout_s: float = 0.0) -> None:
-        """Take the lock, waiting up to ``timeout_s`` seconds for another holder; 0 hardly waits.
+    def acquire(self, *, timeout_s: float | None = None) -> None:
+        """Take the lock; with it, nothing happens. ``timeout_s`` replaces that of the constructor, for once.
 
         Raises:
             DeadlineExceeded: another holder still has it; the message says who.
@@ -43,6 +45,7 @@ class FileLock:
         """
         if self._descriptor is not None:
             return
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + max(timeout_s, _GRACE_S)
         try:
             descriptor = self._open()
@@ -105,8 +108,9 @@ class FileLock:
 
     def _write_owner(self, descriptor: int) -> None:
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+        with contextlib.suppress(OSError):  # it is for messages only: a full disk must not deny the lock
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(owner).encode(), 0)
 
     def _holder_text(self) -> str:
         owner = self.owner()
