@@ -1,0 +1,187 @@
+"""A sweep's record on storage: who it is, and what became of its trials. Needs no cluster."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from shoal.errors import IdentityError, NotFoundError
+from shoal.recipe import Objective
+from shoal.storage import FileLock, Storage, append_line, create_json, read_json, read_lines
+from shoal.tracking import RunRecord, RunState, check_run_name
+
+MAX_TRIALS = 999
+"""A trial's number has three digits in its run's name."""
+
+
+class TrialState(StrEnum):
+    """Where a trial stands."""
+
+    WAITING = "waiting"
+    """It is next, and waits for room on the cluster."""
+    RUNNING = "running"
+    FINISHED = "finished"
+    """It ran all its steps."""
+    PRUNED = "pruned"
+    """The scheduler ended it early, because others were better at the same step."""
+    FAILED = "failed"
+    """Its recipe raised an error, or machines failed it more often than the sweep retries."""
+    STOPPED = "stopped"
+    """It was stopped, or its driver died, before it was done; the same command goes on with it."""
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the sweep never looks at the trial again."""
+        return self in (TrialState.FINISHED, TrialState.PRUNED, TrialState.FAILED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One run of a sweep, as far as it came."""
+
+    number: int
+    """From 1."""
+    run: str
+    """Name of its run: what ``register`` and ``shoal logs`` take."""
+    fields: Mapping[str, Any]
+    """What the sweep chose."""
+    state: TrialState
+    value: float | None = None
+    """The best objective so far, on validation data; None before it was measured."""
+    values: Mapping[str, float] = field(default_factory=dict)
+    """All validation metrics at that step."""
+    step: int = 0
+    """The last step it is known to have reached."""
+    error: str = ""
+    """Why it failed, else empty."""
+
+    def to_line(self) -> str:
+        """As one line of ``trials.jsonl``; what was measured as NaN or infinite is left out."""
+        plain = asdict(self) | {"trial": self.number, "values": _finite(self.values)}
+        del plain["number"]
+        if self.value is not None and not math.isfinite(self.value):
+            plain["value"] = None
+        return json.dumps(plain, separators=(",", ":"), sort_keys=True)
+
+    @classmethod
+    def from_line(cls, line: str) -> Trial | None:
+        """The trial of such a line; None when it is damaged."""
+        try:
+            plain = json.loads(line)
+            number = int(plain.pop("trial"))
+            return cls(number=number, state=TrialState(plain.pop("state")), **plain)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+
+class SweepRecord:
+    """The record of one sweep under ``<storage>/sweeps/<name>``. Cheap to make; reads when asked.
+
+    Raises:
+        RequestError: a name that cannot name a run, or is too long to be the beginning of one.
+    """
+
+    def __init__(self, storage: Storage, name: str) -> None:
+        check_run_name(name)
+        check_run_name(run_of(name, MAX_TRIALS))
+        self.storage = storage
+        self.name = name
+        self.dir: Path = storage.sweep_dir(name)
+        self.trials_path = self.dir / "trials.jsonl"
+        self.lock = FileLock(self.dir / "lock")
+        self._identity_path = self.dir / "sweep.json"
+
+    def __repr__(self) -> str:
+        return f"SweepRecord({self.name!r})"
+
+    def claim(self, identity: Mapping[str, Any]) -> bool:
+        """Give the name to this search: True if it was free, False if it already is this very search.
+
+        Raises:
+            IdentityError: the name belongs to another search; the message shows every difference.
+        """
+        asked = json.loads(json.dumps(dict(identity)))
+        if create_json(self._identity_path, asked):
+            return True
+        found = self.identity()
+        wrong = [key for key in {**found, **asked} if found.get(key) != asked.get(key)]
+        if wrong:
+            lines = [
+                f"  {key}: it has {_show(found, key)}, you asked for {_show(asked, key)}" for key in wrong
+            ]
+            raise IdentityError(
+                "\n".join([f"sweep {self.name!r} exists and searches something else:", *lines])
+                + "\nAsk for what it has to go on with it; leave the name out, or choose another, for a new one"
+            )
+        return False
+
+    def identity(self) -> dict[str, Any]:
+        """What the sweep was asked for.
+
+        Raises:
+            NotFoundError: there is no such sweep; the message lists those that exist.
+            CorruptError: the file is damaged.
+        """
+        if not self._identity_path.exists():
+            there = sorted(path.parent.name for path in self.storage.sweeps_dir.glob("*/sweep.json"))
+            raise NotFoundError(f"no sweep {self.name!r}; there are: {', '.join(there) or 'none'}")
+        identity: dict[str, Any] = read_json(self._identity_path)
+        return identity
+
+    def book(self, trial: Trial) -> None:
+        """Write down where a trial stands; a later line of the same trial replaces the earlier."""
+        append_line(self.trials_path, trial.to_line(), sync=trial.state.is_final)
+
+    def trials(self) -> list[Trial]:
+        """Every trial, by number, as last booked."""
+        found = [trial for line in read_lines(self.trials_path) if (trial := Trial.from_line(line))]
+        latest = {trial.number: trial for trial in found}
+        return [latest[number] for number in sorted(latest)]
+
+
+def run_of(sweep: str, number: int) -> str:
+    """The name of a trial's run."""
+    return f"{sweep}-t{number:03d}"
+
+
+def sweep_name_of(identity: Mapping[str, Any]) -> str:
+    """The default name, ``<recipe>-sweep-<8 hex of the identity>``: the same command finds the same sweep."""
+    canonical = json.dumps(dict(identity), sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(canonical.encode()).hexdigest()[:8]
+    class_name = str(identity["recipe"]).rpartition(":")[2].lower()
+    return f"{re.sub(r'[^a-z0-9]', '', class_name)[:50] or 'recipe'}-sweep-{digest}"
+
+
+def seen_in_journal(trial: Trial, run: RunRecord, objective: Objective) -> Trial:
+    """The trial with what its run's own journal says: state, step, best objective.
+
+    The journal is what a trial's process wrote itself, so nothing is lost when the sweep's driver dies.
+    """
+    best = run.best(objective.metric, objective.mode)
+    values = dict(best["values"]) if best else {}
+    summary = run.summary()
+    trial = replace(trial, step=summary.step, values=values, value=values.get(objective.metric))
+    match run.state():
+        case RunState.FINISHED:
+            return replace(trial, state=TrialState.FINISHED)
+        case RunState.FAILED:
+            error = str(summary.ended["error"]) if summary.ended else ""
+            return replace(trial, state=TrialState.FAILED, error=error)
+        case RunState.RUNNING:
+            return replace(trial, state=TrialState.RUNNING)
+    return replace(trial, state=TrialState.STOPPED)
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+def _show(identity: Mapping[str, Any], key: str) -> str:
+    return json.dumps(identity[key]) if key in identity else "nothing"

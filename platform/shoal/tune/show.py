@@ -1,0 +1,199 @@
+"""What a person sees of a sweep: a live table where there is a terminal, plain lines elsewhere, a frame."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from shoal.recipe import Objective
+from shoal.tune.record import Trial, TrialState
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table
+
+MAX_WIDTH = 100
+MAX_ROWS = 20
+"""Rows of the live table; a longer sweep shows the trials that run and the best of the others."""
+
+
+class Watched(Protocol):
+    """What a reporter needs of a sweep."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def trials(self) -> list[Trial]: ...
+    @property
+    def objective(self) -> Objective: ...
+
+
+class Reporter(Protocol):
+    """Somebody who shows how a sweep goes."""
+
+    def update(self) -> None: ...
+    def say(self, text: str) -> None: ...
+
+
+class _Silent:
+    def update(self) -> None:
+        """Show nothing."""
+
+    def say(self, text: str) -> None:
+        """Show nothing."""
+
+
+@contextmanager
+def reporter(sweep: Watched, num_trials: int, *, enabled: bool) -> Iterator[Reporter]:
+    """A reporter that fits where this process's output goes."""
+    if not enabled:
+        yield _Silent()
+        return
+    from rich.console import Console
+
+    console = Console()
+    if not (console.is_terminal or console.is_jupyter):
+        yield Plain(
+            sweep, num_trials, lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)
+        )
+        return
+    from rich.live import Live
+
+    def table() -> Table:
+        return trials_table(sweep.name, sweep.trials, sweep.objective, num_trials=num_trials)
+
+    with Live(table(), console=console, refresh_per_second=4) as live:
+        yield _Table(live, table)
+
+
+class _Table:
+    def __init__(self, live: Any, table: Callable[[], Table]) -> None:
+        self._live, self._table = live, table
+
+    def update(self) -> None:
+        self._live.update(self._table())
+
+    def say(self, text: str) -> None:
+        self._live.console.print(text, markup=False, highlight=False)
+
+
+class Plain:
+    """One line when a trial begins, and one when it is done."""
+
+    def __init__(self, sweep: Watched, num_trials: int, say: Callable[[str], None]) -> None:
+        self._sweep, self._num_trials, self.say = sweep, num_trials, say
+        self._shown: dict[int, TrialState] = {}
+
+    def update(self) -> None:
+        """Say what is new."""
+        for trial in self._sweep.trials:
+            if self._shown.get(trial.number) == trial.state or trial.state is TrialState.WAITING:
+                continue
+            self._shown[trial.number] = trial.state
+            measured = f"  {value_text(trial, self._sweep.objective)}" if trial.value is not None else ""
+            error = f"  {first_line(trial.error)}" if trial.error else ""
+            self.say(
+                f"trial {trial.number}/{self._num_trials} {trial.state}  {fields_text(trial)}"
+                f"{measured}{f'  step {trial.step:,}' if trial.step else ''}{error}"
+            )
+
+
+def trials_table(
+    title: str, trials: Sequence[Trial], objective: Objective, *, num_trials: int, width: int = MAX_WIDTH
+) -> Table:
+    """The trials as a table at most ``width`` wide, the best one marked."""
+    from rich.table import Table
+    from rich.text import Text
+
+    done = sum(trial.state.is_final for trial in trials)
+    table = Table(title=f"{title}: {done} of {num_trials} trials done", title_justify="left")
+    table.width = None
+    table.add_column("trial", justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    table.add_column("step", justify="right", no_wrap=True)
+    table.add_column(objective.metric, justify="right", no_wrap=True, max_width=20)
+    table.add_column("fields", overflow="ellipsis", no_wrap=True, max_width=max(20, width - 60))
+    best = best_number(trials, objective)
+    for trial in shown_trials(trials, objective):
+        marks = "bold" if trial.number == best else ("dim" if trial.state is TrialState.PRUNED else "")
+        value = f"{trial.value:.4g}{' *' if trial.number == best else ''}" if trial.value is not None else "-"
+        detail = first_line(trial.error) if trial.error else fields_text(trial)
+        cells = [str(trial.number), str(trial.state), f"{trial.step:,}", value, detail]
+        table.add_row(*(Text(cell) for cell in cells), style=marks)
+    if hidden := len(trials) - len(shown_trials(trials, objective)):
+        table.caption = f"and {hidden} more, none of them better"
+    return table
+
+
+def shown_trials(trials: Sequence[Trial], objective: Objective) -> list[Trial]:
+    """The trials a person wants to see: those under way, and the best of the others; by number."""
+    if len(trials) <= MAX_ROWS:
+        return list(trials)
+    active = [trial for trial in trials if trial.state in (TrialState.RUNNING, TrialState.WAITING)]
+    others = [trial for trial in trials if trial not in active]
+    sign = -1.0 if objective.mode == "max" else 1.0
+    others.sort(key=lambda trial: (trial.value is None, sign * (trial.value or 0.0)))
+    return sorted((active + others)[:MAX_ROWS], key=lambda trial: trial.number)
+
+
+def best_number(trials: Sequence[Trial], objective: Objective) -> int | None:
+    """Number of the trial with the best objective so far; None when none has measured it."""
+    best: Trial | None = None
+    for trial in trials:
+        if trial.value is not None and trial.state is not TrialState.FAILED:
+            best = trial if objective.is_better(trial.value, best.value if best else None) else best
+    return best.number if best else None
+
+
+def sweep_frame(trials: Sequence[Trial], objective: Objective) -> pd.DataFrame:
+    """One row per trial."""
+    import pandas as pd
+
+    rows = []
+    for trial in trials:
+        values = {f"val_{name}": value for name, value in trial.values.items()}
+        values.setdefault(f"val_{objective.metric}", trial.value if trial.value is not None else float("nan"))
+        rows.append(
+            {"run": trial.run, "state": str(trial.state), "step": trial.step, **trial.fields, **values}
+        )
+    index = pd.Index([trial.number for trial in trials], name="trial", dtype="int64")
+    return pd.DataFrame(rows, index=index)
+
+
+def sweep_html(name: str, trials: Sequence[Trial], objective: Objective) -> str:
+    """The trials as an HTML table."""
+    from html import escape
+
+    best = best_number(trials, objective)
+    fields = list(dict.fromkeys(field for trial in trials for field in trial.fields))
+    head = ["trial", "state", "step", objective.metric, *fields]
+    lines = []
+    for trial in trials:
+        value = "" if trial.value is None else f"{trial.value:.4g}"
+        cells = [str(trial.number), str(trial.state), f"{trial.step:,}", value]
+        cells += [short(trial.fields.get(field, "")) for field in fields]
+        tag = "th" if trial.number == best else "td"
+        lines.append("<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>")
+    header = "".join(f"<th>{escape(text)}</th>" for text in head)
+    return f"<table><caption>{escape(name)}</caption><tr>{header}</tr>{''.join(lines)}</table>"
+
+
+def fields_text(trial: Trial) -> str:
+    """``lr=0.00123 hidden=64``."""
+    return " ".join(f"{name}={short(value)}" for name, value in trial.fields.items())
+
+
+def value_text(trial: Trial, objective: Objective) -> str:
+    """``accuracy 0.967``."""
+    return f"{objective.metric} {trial.value:.4g}"
+
+
+def first_line(text: str) -> str:
+    """The first line of an error."""
+    return text.strip().splitlines()[0] if text.strip() else ""
+
+
+def short(value: object) -> str:
+    """A number with the digits a person reads, anything else as it is."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,412 @@
+"""A sweep: a search over a recipe's fields, driven by a thread of the process that started it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from shoal.errors import (
+    ClusterError,
+    DeadlineExceeded,
+    NotFoundError,
+    RecipeError,
+    RequestError,
+    ShoalError,
+)
+from shoal.recipe import Objective, Recipe
+from shoal.storage import Storage
+from shoal.tune.record import MAX_TRIALS, SweepRecord, Trial, TrialState, sweep_name_of
+from shoal.tune.show import reporter, sweep_frame, sweep_html
+from shoal.tune.space import Space, check_space, describe_space
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from shoal.cluster import ClusterInfo
+    from shoal.train.spec import RunSpec
+    from shoal.tune.trial import TrialPlan
+    from shoal.tune.trials import Trials
+
+logger = logging.getLogger(__name__)
+
+SchedulerKind = Literal["asha", "none"]
+_SCHEDULERS: tuple[SchedulerKind, ...] = ("asha", "none")
+_LOOK_S = 0.5
+
+
+class Sweep:
+    """A search over a recipe's fields: its trials, the best of them, how it goes.
+
+    Comes from `start_sweep`, which drives it, or `open_sweep`, which only reads its record.
+    """
+
+    def __init__(self, record: SweepRecord, *, driver: _Driver | None = None, note: str = "") -> None:
+        self._record = record
+        self._driver = driver
+        self._identity = record.identity()
+        self.note = note
+        """Anything the user should know about how the sweep was started; empty if nothing."""
+
+    @property
+    def name(self) -> str:
+        """The sweep's name; its runs are called ``<name>-t001`` and so on."""
+        return self._record.name
+
+    @property
+    def objective(self) -> Objective:
+        """What "best" means."""
+        return Objective(**self._identity["objective"])
+
+    @property
+    def trials(self) -> list[Trial]:
+        """Every trial so far, as it stands, by number."""
+        return self._driver.trials.snapshot() if self._driver is not None else self._record.trials()
+
+    @property
+    def is_active(self) -> bool:
+        """Whether this process still works on it."""
+        return self._driver is not None and self._driver.is_alive()
+
+    @property
+    def best(self) -> Trial:
+        """The trial with the best objective on validation data, of those that finished or were pruned.
+
+        While none has, of all that measured it. ``best.run`` is its run's name.
+
+        Raises:
+            NotFoundError: no trial has measured the objective yet.
+        """
+        return best_of(self.name, self.trials, self.objective)
+
+    def frame(self) -> pd.DataFrame:
+        """One row per trial: run, state, step, searched fields, validation metrics (``val_...``)."""
+        return sweep_frame(self.trials, self.objective)
+
+    def plot(self) -> Figure:
+        """The objective by trial, and against each field that was searched."""
+        from shoal.tune.plots import plot_sweep
+
+        return plot_sweep(self.name, self.trials, self.objective, self._identity["space"])
+
+    def stop(self) -> None:
+        """Start no more trials, and let those that run commit and stop. Does not block; safe to repeat.
+
+        The same command goes on with the sweep.
+        """
+        if self._driver is not None:
+            self._driver.trials.stop()
+
+    def wait(self, *, timeout_s: float | None = None, progress: bool = True) -> Sweep:
+        """Block until every trial is done, showing a table of them; returns the sweep.
+
+        Ctrl-C stops the sweep as `stop` does and waits for that; a second one leaves at once.
+
+        Raises:
+            RecipeError: trials failed and none did better; the first one's error.
+            EnvironmentFailure: the cluster failed the sweep; the same command goes on with it.
+            DeadlineExceeded: ``timeout_s`` seconds passed; the sweep goes on.
+        """
+        if self._driver is not None:
+            with reporter(self, self._driver.trials.num_trials, enabled=progress) as report:
+                try:
+                    self._wait(self._driver, report.update, timeout_s)
+                except KeyboardInterrupt:
+                    report.say(
+                        "stopping: running trials commit a checkpoint and stop (Ctrl-C again: at once)"
+                    )
+                    self.stop()
+                    self._wait(self._driver, report.update, None)
+                    raise
+            if (failure := self._driver.failure) is not None:
+                raise failure
+        self._raise_if_all_failed()
+        return self
+
+    def _wait(self, driver: _Driver, show: Callable[[], None], timeout_s: float | None) -> None:
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        seen = driver.trials.snapshot()
+        while driver.is_alive():
+            show()
+            if deadline is not None and time.monotonic() >= deadline:
+                raise DeadlineExceeded(
+                    f"sweep {self.name!r} did not end within {timeout_s:g} s; it goes on ({self!r})"
+                )
+            seen = driver.wait_changed(seen, _LOOK_S)
+        show()
+
+    def _raise_if_all_failed(self) -> None:
+        failed = [trial for trial in self.trials if trial.state is TrialState.FAILED]
+        if failed and len(failed) == len(self.trials):
+            raise RecipeError(
+                f"sweep {self.name!r}: all {len(failed)} trials failed, so no more were started. "
+                f"{failed[0].run}: {failed[0].error}\n  full text: shoal logs {failed[0].run}. "
+                "Mend the recipe and give the sweep another name; failed trials are not repeated"
+            )
+
+    def __repr__(self) -> str:
+        counts = {state: sum(trial.state is state for trial in self.trials) for state in TrialState}
+        words = ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "no trial yet"
+        return f"Sweep({self.name!r}, {words})"
+
+    def _repr_html_(self) -> str:
+        return sweep_html(self.name, self.trials, self.objective)
+
+
+class _Driver:
+    """The thread that runs the trials. A daemon: a sweep whose process ends is gone on with by the next."""
+
+    def __init__(self, trials: Trials, run: Callable[[], None], close: Callable[[], None]) -> None:
+        self.trials = trials
+        self.failure: ShoalError | None = None
+        self._run, self._close = run, close
+        self._thread = threading.Thread(target=self._main, name="shoal-sweep", daemon=True)
+        self._thread.start()
+
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def wait_changed(self, seen: list[Trial], timeout_s: float) -> list[Trial]:
+        return self.trials.wait_changed(seen, timeout_s) if self.is_alive() else seen
+
+    def _main(self) -> None:
+        try:
+            self._run()
+        except ShoalError as err:
+            self.failure = err
+        except Exception as err:  # a thread's exception would vanish: `wait` raises it
+            logger.debug("the sweep's driver failed", exc_info=True)
+            self.failure = ClusterError(f"the sweep's driver failed: {type(err).__name__}: {err}")
+        finally:
+            self.trials.close()
+            self._close()
+
+
+def best_of(sweep: str, trials: list[Trial], objective: Objective) -> Trial:
+    """The best trial, preferring those that are done.
+
+    Raises:
+        NotFoundError: none has measured the objective.
+    """
+    measured = [trial for trial in trials if trial.value is not None and trial.state is not TrialState.FAILED]
+    measured = [trial for trial in measured if trial.state.is_final] or measured
+    best: Trial | None = None
+    for trial in measured:
+        if trial.value is not None and objective.is_better(trial.value, best.value if best else None):
+            best = trial
+    if best is None:
+        raise NotFoundError(
+            f"no trial of sweep {sweep!r} has measured its objective ({objective}) yet; wait for it, "
+            f"or see why: {next((trial.error for trial in trials if trial.error), 'no trial failed')}"
+        )
+    return best
+
+
+def open_sweep(storage: Storage, name: str) -> Sweep:
+    """A sweep by name, for reading: its record needs no cluster.
+
+    Raises:
+        NotFoundError: there is no such sweep; the message lists those that exist.
+    """
+    return Sweep(SweepRecord(storage, name))
+
+
+def start_sweep(
+    info: ClusterInfo,
+    recipe: Recipe,
+    space: Space,
+    *,
+    trials: int,
+    concurrent: int,
+    name: str | None = None,
+    seed: int = 0,
+    scheduler: SchedulerKind = "asha",
+    steps: int | None = None,
+    workers: int = 1,
+    cpus_per_trial: float = 1.0,
+    gpus_per_trial: float = 0.0,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    checkpoint_every_s: float = 30.0,
+    retries: int = 3,
+) -> Sweep:
+    """Search ``space`` for the recipe's best fields, with ``trials`` runs; returns at once.
+
+    The recipe's own fields are what the space does not name. Optuna's TPE chooses; with ``scheduler="asha"``
+    trials that are worse than others at the same step end early. At most ``concurrent`` run at a time, fewer
+    where fewer fit. The same call goes on with a sweep that was stopped or killed, and returns one that is
+    done; ``trials`` may grow.
+
+    Args:
+        name: default ``<recipe>-sweep-<8 hex>``, of everything that makes it this search.
+        seed: of the search and of every trial's run.
+        steps: of each trial; None for the recipe's own.
+        cpus_per_trial, gpus_per_trial: what each trial's process holds; its torch threads are its whole CPUs.
+        retries: how often a trial whose process dies is started again.
+
+    Raises:
+        RequestError: a search that is impossible as asked; nothing was started.
+        IdentityError: the name belongs to another search.
+        ClusterError: the cluster does not answer, or another process drives this very sweep.
+    """
+    _check_numbers(trials=trials, concurrent=concurrent, steps=steps, workers=workers, scheduler=scheduler)
+    space = check_space(recipe, space)
+    storage = Storage(info.storage)
+    storage.check()
+    template = _template(recipe, storage, steps, seed, precision, checkpoint_every_s, int(cpus_per_trial))
+    identity = _identity(template, space)
+    record = SweepRecord(storage, name or sweep_name_of(identity))
+    resources = {"CPU": cpus_per_trial, "GPU": gpus_per_trial} if gpus_per_trial else {"CPU": cpus_per_trial}
+    fit = _num_fitting(info, resources, concurrent)
+    is_new = record.claim(identity)
+    _take_lock(record)
+    try:
+        plan, ledger = _prepare(record, template, space, trials, seed)
+        run = _runner(ledger, plan, scheduler, resources, concurrent=min(fit, concurrent), retries=retries)
+        driver = _Driver(ledger, run if ledger.num_left else lambda: None, record.lock.release)
+    except BaseException:
+        record.lock.release()
+        raise
+    return Sweep(record, driver=driver, note=_note(ledger, is_new, fit, concurrent))
+
+
+def _check_numbers(*, trials: int, concurrent: int, steps: int | None, workers: int, scheduler: str) -> None:
+    problems = []
+    if not 1 <= trials <= MAX_TRIALS:
+        problems.append(f"trials={trials}: a sweep has 1 to {MAX_TRIALS}")
+    if concurrent < 1:
+        problems.append(f"concurrent={concurrent}: at least 1 trial must run at a time")
+    if steps is not None and steps < 1:
+        problems.append(f"steps={steps}: a trial has at least 1 step")
+    if workers != 1:
+        problems.append(
+            f"workers={workers}: a sweep's trials have one worker each. Give each more CPUs "
+            "(cpus_per_trial=), and train the best one on several workers afterwards"
+        )
+    if scheduler not in _SCHEDULERS:
+        problems.append(f"scheduler={scheduler!r}: one of {', '.join(_SCHEDULERS)}")
+    if problems:
+        raise RequestError(
+            "\n".join(["the sweep cannot be started as asked:", *(f"  {p}" for p in problems)])
+        )
+
+
+def _template(
+    recipe: Recipe,
+    storage: Storage,
+    steps: int | None,
+    seed: int,
+    precision: Literal["fp32", "bf16"],
+    checkpoint_every_s: float,
+    threads: int,
+) -> RunSpec:
+    from shoal.train.spec import RunSpec
+
+    return RunSpec(
+        recipe=recipe,
+        name="template",
+        storage=storage,
+        target_steps=steps if steps is not None else type(recipe).steps,
+        seed=seed,
+        precision=precision,
+        checkpoint_every_s=checkpoint_every_s,
+        keep=1,
+        threads=max(1, threads),
+    )
+
+
+def _identity(template: RunSpec, space: Space) -> dict[str, Any]:
+    """What makes it this search: a run's identity, with the space in place of the searched fields' values."""
+    identity = template.identity()
+    fixed = {name: value for name, value in identity["fields"].items() if name not in space}
+    objective = template.recipe.objective
+    return {
+        **identity,
+        "fields": fixed,
+        "space": describe_space(space),
+        "steps": template.target_steps,
+        "objective": {"metric": objective.metric, "mode": objective.mode},
+    }
+
+
+def _num_fitting(info: ClusterInfo, resources: dict[str, float], concurrent: int) -> int:
+    """How many trials the cluster has room for when nobody else holds anything.
+
+    Raises:
+        RequestError: not even one.
+    """
+    from shoal.capacity import ceiling, grant, snapshot
+    from shoal.cluster.attach import attach
+    from shoal.config.values import Range
+
+    attach(info)
+    seen = snapshot()
+    grant(seen, Range(1, concurrent), resources)
+    return int(min(ceiling(seen, resources), MAX_TRIALS))
+
+
+def _take_lock(record: SweepRecord) -> None:
+    try:
+        record.lock.acquire()
+    except DeadlineExceeded as err:
+        raise ClusterError(f"sweep {record.name!r} is already being run by another process ({err})") from err
+
+
+def _prepare(
+    record: SweepRecord, template: RunSpec, space: Space, num_trials: int, seed: int
+) -> tuple[TrialPlan, Trials]:
+    from shoal.tune.search import Search
+    from shoal.tune.trial import TrialPlan
+    from shoal.tune.trials import Trials
+
+    plan = TrialPlan(sweep=record.name, template=replace(template, name=record.name))
+    search = Search(space, template.recipe.objective, seed=seed)
+    return plan, Trials(record, plan, search, num_trials=num_trials)
+
+
+def _runner(
+    ledger: Trials,
+    plan: TrialPlan,
+    scheduler: SchedulerKind,
+    resources: dict[str, float],
+    *,
+    concurrent: int,
+    retries: int,
+) -> Callable[[], None]:
+    def run() -> None:
+        from shoal.cluster.warm import add_warm_processes
+
+        add_warm_processes(concurrent)  # they import torch while this process imports Tune
+        from shoal.tune import ray_edge
+
+        recipe = plan.template.recipe
+        ray_edge.run_trials(
+            ledger,
+            plan,
+            scheduler=ray_edge.make_scheduler(
+                scheduler,
+                recipe.objective,
+                steps=plan.template.target_steps,
+                eval_every=recipe.eval_every,
+                past=ledger.evaluations(),
+            ),
+            resources=resources,
+            concurrent=concurrent,
+            retries=retries,
+            folder=plan.template.storage.sweep_dir(plan.sweep) / "ray",
+        )
+
+    return run
+
+
+def _note(ledger: Trials, is_new: bool, fit: int, concurrent: int) -> str:
+    notes = []
+    if not is_new:
+        done = sum(trial.state.is_final for trial in ledger.snapshot())
+        notes.append(f"goes on with a sweep that has {done} of {ledger.num_trials} trials done")
+    if fit < concurrent:
+        notes.append(f"{fit} trials at a time instead of {concurrent}: more do not fit on the cluster")
+    return "; ".join(notes)
