@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,16 +70,16 @@ class ClusterInfo:
     """Private folder of this cluster under the temporary directory: token, Ray's session, sockets, logs."""
     session_dir: Path
     """Ray's session folder, with its logs."""
-    ports: Mapping[str, int]
+    ports: Mapping[str, int] = field(repr=False)
     started: float
     """Epoch seconds."""
     num_cpus: int
     num_gpus: int
-    pids: Mapping[str, ProcessRef]
+    pids: Mapping[str, ProcessRef] = field(repr=False)
     """The processes without which there is no cluster: ``gcs`` and ``raylet``."""
     ray_version: str
     python_version: str
-    config: Mapping[str, Any]
+    config: Mapping[str, Any] = field(repr=False)
     """The resolved ``cluster.yaml`` it was started from."""
 
     @property

@@ -1,0 +1,131 @@
+"""The record of a cluster: what is written, what is read back, and who counts as running."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import psutil
+import pytest
+from shoal.cluster import info as cluster_info
+from shoal.cluster import ports, processes, ray_edge
+from shoal.cluster.info import ClusterInfo, ProcessRef
+from shoal.errors import ClusterError
+
+
+@pytest.fixture
+def info(tmp_path: Path) -> ClusterInfo:
+    """A record whose head processes are this test: alive."""
+    me = ProcessRef.of(psutil.Process())
+    return ClusterInfo(
+        cluster_id="0123456789abcdef",
+        name="t",
+        project=tmp_path,
+        address="127.0.0.1:20000",
+        dashboard_url="http://127.0.0.1:20001",
+        serve_url="http://127.0.0.1:20011",
+        serve_port=20011,
+        storage=tmp_path / ".shoal",
+        tracking=f"sqlite:///{tmp_path}/mlflow.db",
+        token_path=tmp_path / "token",
+        run_dir=Path("/tmp/shoal-0/01234567"),
+        session_dir=Path("/tmp/shoal-0/01234567/ray/session_1"),
+        ports=ports.plan(20_000, serve_port=0),
+        started=1.0,
+        num_cpus=2,
+        num_gpus=0,
+        pids={"gcs": me, "raylet": me},
+        ray_version=ray_edge.installed_ray_version(),
+        python_version=cluster_info.python_version(),
+        config={"name": "t", "serve": {"port": 0, "replicas": "1..3"}},
+    )
+
+
+def write(info: ClusterInfo) -> None:
+    info.record.parent.mkdir(exist_ok=True)
+    info.record.write_text(json.dumps(info.to_json()))
+
+
+def test_a_record_reads_back_as_it_was(info: ClusterInfo) -> None:
+    write(info)
+    assert cluster_info.find(info.project) == info
+
+
+def test_a_record_of_dead_processes_is_no_cluster(info: ClusterInfo) -> None:
+    dead = dataclasses.replace(info, pids={"gcs": ProcessRef(pid=info.pids["gcs"].pid, started=1.0)})
+    write(dead)
+    assert cluster_info.find(info.project) is None
+
+
+def test_no_record_is_no_cluster(tmp_path: Path) -> None:
+    assert cluster_info.find(tmp_path) is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 99}', '{"format": 1, "name": "x"}'])
+def test_a_broken_record_says_what_to_do(tmp_path: Path, text: str) -> None:
+    (tmp_path / ".shoal").mkdir()
+    (tmp_path / ".shoal" / "cluster.json").write_text(text)
+    with pytest.raises(ClusterError, match="shoal down"):
+        cluster_info.find(tmp_path)
+
+
+def test_the_environment_of_clients_never_marks_them_as_the_cluster(info: ClusterInfo) -> None:
+    # A shell with the id in it would be ended by `shoal down`.
+    assert processes.CLUSTER_ID not in cluster_info.environment(info)
+    assert processes.CLUSTER_ID not in cluster_info.driver_environment(info)
+
+
+def test_the_environment_holds_no_token(info: ClusterInfo) -> None:
+    info.token_path.write_text("secret-token")
+    assert "secret-token" not in str(cluster_info.driver_environment(info))
+    assert "secret-token" not in repr(info)
+
+
+def test_a_process_finds_its_cluster_by_environment(
+    info: ClusterInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(info)
+    monkeypatch.setenv("SHOAL_CLUSTER", str(info.record))
+    assert ClusterInfo.from_env() == info
+
+
+def test_a_process_without_a_cluster_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SHOAL_CLUSTER", raising=False)
+    assert ClusterInfo.from_env() is None
+
+
+def test_a_cluster_that_is_gone_is_an_error_not_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_CLUSTER", str(tmp_path / "cluster.json"))
+    with pytest.raises(ClusterError, match="shoal up"):
+        ClusterInfo.from_env()
+
+
+def test_differences_name_the_field_and_both_values(info: ClusterInfo) -> None:
+    wanted = {"name": "t", "serve": {"port": 9000, "replicas": "1..3"}, "tracking": "http://x"}
+    assert cluster_info.differences(info, wanted) == [
+        "serve.port: running 0, file 9000",
+        'tracking: running (absent), file "http://x"',
+    ]
+
+
+def test_the_same_config_does_not_differ(info: ClusterInfo) -> None:
+    assert cluster_info.differences(info, json.loads(json.dumps(info.config))) == []
+
+
+@pytest.mark.parametrize("field", ["ray_version", "python_version"])
+def test_another_version_says_both(info: ClusterInfo, field: str) -> None:
+    other = dataclasses.replace(info, **{field: "0.0.1"})
+    with pytest.raises(ClusterError, match=r"0\.0\.1 in the cluster"):
+        cluster_info.check_versions(other)
+
+
+def test_sockets_below_the_longest_run_dir_are_short_enough() -> None:
+    run_dir = Path(f"/tmp/shoal-{2**32 - 1}/01234567")
+    settings = ray_edge.serve_environment(ports.plan(20_000, serve_port=0), run_dir, 1)
+    for name in ("RAY_SERVE_HAPROXY_SOCKET_PATH", "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH"):
+        path = Path(settings[name])
+        bound = path.parent / ("f" * ray_edge.NUM_NODE_ID_CHARACTERS) / path.name
+        assert len(str(bound)) <= ray_edge.MAX_HAPROXY_SOCKET_PATH
+    session = "session_2026-11-23_02-19-54_427253_4194304/sockets/plasma_store"
+    assert len(str(ray_edge.ray_dir(run_dir) / session)) <= 107

@@ -1,0 +1,140 @@
+"""Bringing clusters up and down, as far as it goes without one: what is refused, and what is cleaned."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster_projects import write_project
+from shoal import config as shoal_config
+from shoal.cluster import doctor, down, lifecycle, ray_edge, up
+from shoal.cluster import start as starting
+from shoal.errors import RequestError, StorageError
+
+
+class Started(Exception):
+    """Raised in place of a start: the checks before it have passed."""
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project in which nothing can really start."""
+
+    def no_start(plan: Any, say: Any) -> None:
+        raise Started
+
+    monkeypatch.setattr(starting, "start", no_start)
+    monkeypatch.setattr(starting, "runtime_root", lambda: tmp_path / "run")
+    return write_project(tmp_path / "project", "t")
+
+
+def bring_up(project: Path, *overrides: str) -> Any:
+    return up(shoal_config.load(project / "cluster.yaml", overrides=list(overrides)), project=project)
+
+
+def test_with_nothing_wrong_a_start_is_tried(project: Path) -> None:
+    with pytest.raises(Started):
+        bring_up(project)
+
+
+def test_a_taken_serve_port_names_its_holder(project: Path) -> None:
+    with socket.socket() as server:
+        server.bind((ray_edge.LOOPBACK, 0))
+        server.listen(1)
+        port = server.getsockname()[1]
+        with pytest.raises(RequestError, match=rf"serve\.port {port} is taken by .*pid {os.getpid()}"):
+            bring_up(project, f"serve.port={port}")
+
+
+def test_another_ray_is_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_edge, "installed_ray_version", lambda: "2.59.0")
+    with pytest.raises(RequestError, match=r"needs Ray 2\.60\.0, found 2\.59\.0: pip install"):
+        bring_up(project)
+
+
+def test_another_python_is_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_edge, "PYTHON_VERSION", (3, 99))
+    with pytest.raises(RequestError, match=r"needs Python 3\.99, found 3\.11"):
+        bring_up(project)
+
+
+def test_storage_that_is_no_folder_is_refused(project: Path) -> None:
+    (project / "file").write_text("")
+    with pytest.raises(StorageError, match="file"):
+        bring_up(project, "storage=file")
+
+
+def test_another_target_is_refused(project: Path) -> None:
+    with pytest.raises(RequestError, match="onprem"):
+        bring_up(project, "target=onprem", "targets.onprem.hosts=[h]", "targets.onprem.ssh_user=u")
+
+
+def test_what_a_killed_start_left_is_cleaned_by_down(project: Path) -> None:
+    with pytest.raises(Started):
+        bring_up(project)
+    marker = project / ".shoal" / lifecycle.STARTING_NAME
+    run_dir = Path(json.loads(marker.read_text())["run_dir"])
+    run_dir.mkdir()
+    assert down(project)
+    assert not marker.exists()
+    assert not run_dir.exists()
+    assert not down(project)
+
+
+def test_down_removes_no_folder_that_is_not_a_clusters(project: Path, tmp_path: Path) -> None:
+    keep = tmp_path / "keep"
+    keep.mkdir()
+    (project / ".shoal").mkdir()
+    record = {"cluster_id": "d" * 16, "run_dir": str(keep)}
+    (project / ".shoal" / lifecycle.STARTING_NAME).write_text(json.dumps(record))
+    assert down(project)
+    assert keep.is_dir()
+
+
+def test_down_without_a_cluster_changes_nothing(tmp_path: Path) -> None:
+    assert not down(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_down_cleans_a_broken_record(project: Path) -> None:
+    (project / ".shoal").mkdir()
+    (project / ".shoal" / "cluster.json").write_text("{")
+    down(project)
+    assert not (project / ".shoal" / "cluster.json").exists()
+
+
+def test_the_clusters_environment_is_complete(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "another:1")
+    monkeypatch.setenv("PYTHONPATH", "/extra")
+    plan, _ = lifecycle.plan_start(shoal_config.load(project / "cluster.yaml"), project=project)
+    environment = starting.cluster_process_environment(
+        plan, starting.port_plan.plan(20_000, serve_port=0), Path("/token")
+    )
+    assert "RAY_ADDRESS" not in environment  # a cluster must not take itself for a client of another one
+    library = str(Path(starting.__file__).parents[2])
+    assert environment["PYTHONPATH"].split(os.pathsep) == [str(project), library, "/extra"]
+    assert environment["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
+    assert environment["SHOAL_CLUSTER"] == str(project / ".shoal" / "cluster.json")
+    assert environment["SHOAL_CLUSTER_ID"] == plan.cluster_id
+    assert environment["RAY_AUTH_MODE"] == "token"
+
+
+def test_doctor_names_what_is_wrong_without_a_cluster(project: Path) -> None:
+    with socket.socket() as server:
+        server.bind((ray_edge.LOOPBACK, 0))
+        server.listen(1)
+        findings = doctor(project, serve_port=server.getsockname()[1], storage=project / "cluster.yaml")
+    wrong = {finding.subject: finding for finding in findings if finding.level == "error"}
+    assert wrong.keys() >= {"serve port", "storage"}
+    assert all(finding.next_step for finding in wrong.values())
+
+
+def test_doctor_says_how_to_clean_a_broken_record(project: Path) -> None:
+    (project / ".shoal").mkdir()
+    (project / ".shoal" / "cluster.json").write_text("{")
+    assert ("record", "shoal down") in {(finding.subject, finding.next_step) for finding in doctor(project)}
