@@ -7,11 +7,13 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shoal.recipe import Recipe, field_values, recipe_ref
 from shoal.storage import Storage
-from shoal.train.session import Precision
+
+if TYPE_CHECKING:
+    from shoal.train.session import Precision  # loads torch, which a driver need not
 
 
 @dataclass(frozen=True, kw_only=True)

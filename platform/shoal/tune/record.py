@@ -118,7 +118,7 @@ class SweepRecord:
             ]
             raise IdentityError(
                 "\n".join([f"sweep {self.name!r} exists and searches something else:", *lines])
-                + "\nAsk for what it has to go on with it; leave the name out, or choose another, for a new one"
+                + "\nAsk for what it has to go on with it; leave the name out, or choose a free one"
             )
         return False
 
