@@ -118,7 +118,12 @@ class TestOnMlflow:
         assert registry.models() == []
         with pytest.raises(NotFoundError):
             registry.versions("digits")
-        assert registry.register("digits", write).version == 3  # a number never means two things
+        with pytest.raises(RequestError, match="refused"):
+            registry.register("digits", write, tags={"note": "x" * 10**6})
+        assert not any(storage.models_dir.glob("*/[0-9]*/MANIFEST.json"))
+        assert (
+            registry.register("digits", write, tags={"f1@5": "1"}).version == 4
+        )  # a number never means two things
 
     @pytest.mark.parametrize("committed", [False, True])
     def test_a_registration_cut_off_is_never_seen_and_collected_later(

@@ -50,14 +50,14 @@ def test_identity_is_claimed_once(record, storage):
 
 def test_another_identity_is_refused_with_every_difference(record):
     record.claim_identity(IDENTITY)
-    other = {"recipe": "jobs.digits:Digits", "fields": {"lr": 0.1, "depth": 2}, "seed": True}
+    other = {"recipe": "jobs.digits:Digits", "fields": {"lr": 0.1, "depth": 2}, "seed": False}
     with pytest.raises(IdentityError) as caught:
         record.claim_identity(other)
     text = str(caught.value)
     assert "fields.lr: it has 0.001, you asked for 0.1" in text
     assert "fields.hidden: it has [64, 64], you asked for nothing" in text
     assert "fields.depth: it has nothing, you asked for 2" in text
-    assert "seed: it has 0, you asked for true" in text
+    assert "seed: it has 0, you asked for false" in text
     assert "recipe" not in text
     assert "--name" in text
     assert record.identity()["seed"] == 0
@@ -121,7 +121,7 @@ def test_events_since_gives_each_line_once_however_it_was_cut(record, monkeypatc
     for step in range(50):
         record.append("metrics", step=step, values={"loss": step / 7})
     content = record.journal_path.read_bytes()
-    monkeypatch.setattr("shoal.tracking.record._CHUNK_BYTES", 100)  # less than two lines
+    monkeypatch.setattr("shoal.tracking.record._CHUNK_BYTES", 10)  # less than a line
     record.journal_path.write_bytes(b"")
     seen, offset = [], 0
     with record.journal_path.open("ab", buffering=0) as journal:
@@ -143,6 +143,9 @@ def test_a_run_made_anew_under_the_same_name_starts_over(record):
     record.append("start", step=0, target_steps=9)
     record.append("metrics", step=9, values={"loss": 1.0})
     assert record.step == 9
+    line = record.journal_path.read_bytes().splitlines(keepends=True)[0]
+    record.journal_path.write_bytes(line)  # shorter than what was read
+    assert (record.attempt, record.step, record.target_steps) == (1, 0, 9)
     record.journal_path.unlink()
     assert (record.attempt, record.step) == (0, 0)
     record.append("start", step=0, target_steps=5)

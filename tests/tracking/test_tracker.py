@@ -313,6 +313,17 @@ def test_a_damaged_identity_or_delivered_file_does_not_stop_delivery(tracker, st
     assert len(tracker.status().warnings) == 2
 
 
+def test_trials_of_a_sweep_are_together(tracker, storage, fake):
+    storage.sweep_dir("search").mkdir(parents=True)
+    for name in ("search-t001", "other-t001"):
+        finish(begin(storage, name))
+    tracker.flush()
+    assert {run.name: run.experiment for run in fake.runs.values()} == {
+        "search-t001": "search",
+        "other-t001": "Digits",
+    }
+
+
 def test_a_settled_run_costs_no_calls(tracker, storage, fake):
     finish(begin(storage))
     tracker.flush()

@@ -71,7 +71,7 @@ def test_keys_are_made_legal(name, key):
 
 def test_experiment_is_the_sweep_or_the_recipe():
     assert experiment_name({"recipe": "jobs.digits:Digits"}) == "Digits"
-    assert experiment_name({"recipe": "jobs.digits:Digits", "sweep": "digits-sweep"}) == "digits-sweep"
+    assert experiment_name({"recipe": "jobs.digits:Digits"}, sweep="digits-sweep") == "digits-sweep"
     assert experiment_name({}) == "shoal"
 
 

@@ -89,11 +89,9 @@ def start_tags(event: Event) -> dict[str, str]:
     return {f"shoal.{name}": _text(event[name]) for name in names if event.get(name) not in (None, "")}
 
 
-def experiment_name(identity: Mapping[str, Any]) -> str:
+def experiment_name(identity: Mapping[str, Any], *, sweep: str | None = None) -> str:
     """The MLflow experiment a run belongs to: its sweep, else its recipe's name, else ``shoal``."""
-    if sweep := identity.get("sweep"):
-        return str(sweep)[:MAX_KEY_LENGTH]
-    return str(identity.get("recipe") or "shoal").rpartition(":")[2][:MAX_KEY_LENGTH]
+    return (sweep or str(identity.get("recipe") or "shoal").rpartition(":")[2])[:MAX_KEY_LENGTH]
 
 
 def clean_key(name: str) -> str:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from shoal.errors import CorruptError, NotFoundError, RequestError, ShoalError, StorageError
 from shoal.storage import MANIFEST, Storage, discard
 from shoal.storage.owner import FOREIGN_AFTER_S, Owner
+from shoal.tracking.delivery import clean_key
 from shoal.tracking.mlflow_store import MlflowStore
 
 logger = logging.getLogger(__name__)
@@ -116,10 +117,10 @@ class Registry:
                 raise StorageError(
                     f"nothing was committed to {directory}; {model}@{version} is not registered"
                 )
+            self._backend.mark_ready(model, version, tags=dict(tags or {}))
         except BaseException:
             self._abandon(model, version)
             raise
-        self._backend.mark_ready(model, version, tags=dict(tags or {}))
         if alias is not None:
             self._backend.set_alias(model, alias, version)
         return self._backend.resolve(f"{model}@{version}")
@@ -210,7 +211,7 @@ class RegistryStore:
         store = self._store()
         with store.translated():
             for key, value in {**tags, _STATE_TAG: _READY}.items():  # the state last: it publishes
-                store.client.set_model_version_tag(model, str(version), key, value)
+                store.client.set_model_version_tag(model, str(version), clean_key(key), value)
 
     def abandon(self, model: str, version: int) -> None:
         """Give up a reserved version and what was written of it. One that is ready or gone stays as it is."""

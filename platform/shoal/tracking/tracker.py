@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -40,6 +41,7 @@ FIRST_BACKOFF_S = 1.0
 MAX_BACKOFF_S = 30.0
 _MAX_LOG_BYTES = 256 * 1024
 _MAX_WARNINGS = 20
+_TRIAL_NAME = re.compile(r"(.+)-t\d{3}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,9 +292,11 @@ class Tracker:
         except CorruptError as error:
             self._warn(f"run {record.name} is delivered without parameters: {error}")
             identity = {}
-        tags = {"shoal.run": record.name, "shoal.recipe": str(identity.get("recipe", ""))}
+        sweep = self._sweep_of(record.name)
+        recipe = str(identity.get("recipe", ""))
+        tags = {"shoal.run": record.name, "shoal.recipe": recipe, "shoal.sweep": sweep or ""}
         run_id = store.ensure_run(
-            experiment=experiment_name(identity),
+            experiment=experiment_name(identity, sweep=sweep),
             name=record.name,
             journal=progress.journal,
             start_ms=int(first["t"] * 1000),
@@ -304,6 +308,11 @@ class Tracker:
             text = (record.dir / "identity.json").read_text()
             self._keep(store, record.name, run_id, text, "identity.json")
         progress.run_id = run_id  # last: cut off before, all of this is done again
+
+    def _sweep_of(self, run: str) -> str | None:
+        """The sweep whose trial the run is; trials are called ``<sweep>-t<number>``."""
+        trial = _TRIAL_NAME.match(run)
+        return trial[1] if trial and (self._storage.sweeps_dir / trial[1]).is_dir() else None
 
     def _deliver_state(
         self, store: MlflowStore, record: RunRecord, progress: _Progress, size_bytes: int
