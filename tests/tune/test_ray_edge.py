@@ -1,0 +1,228 @@
+"""What we use of Ray Tune beyond its public names, and sweeps on a real cluster."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import searched
+from searched import Line
+
+import shoal
+from shoal.errors import ClusterError, RecipeError, RequestError
+from shoal.storage import Storage
+from shoal.tracking import RunRecord, RunState
+from shoal.tune import Sweep, TrialState, start_sweep
+from shoal.tune.record import SweepRecord
+from shoal.tune.space import choice, loguniform
+
+if TYPE_CHECKING:
+    from shoal.cluster import ClusterInfo
+
+SPACE = {"lr": loguniform(1e-3, 1e-1)}
+HERE = Path(__file__).resolve().parent
+
+
+def wait_until(is_so: Callable[[], bool], what: str, *, timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < deadline, f"waited {timeout_s:g} s for: {what}"
+        time.sleep(0.05)
+
+
+# What an upgrade of Ray may move
+
+
+def test_tune_still_makes_its_actors_with_the_class_we_replace() -> None:
+    from ray.tune.execution import class_cache, tune_controller
+
+    assert issubclass(tune_controller._ActorClassCache, class_cache._ActorClassCache), (
+        "TuneController makes actor classes in another way now: see ray_edge._WarmActorClasses"
+    )
+    import inspect
+
+    assert "self._class_cache.get(trainable_cls)" in inspect.getsource(tune_controller.TuneController), (
+        "TuneController no longer asks its class cache: trials get a runtime environment and a fresh process again"
+    )
+
+
+def test_asha_catches_up_on_trials_that_are_done() -> None:
+    """Rungs at 20 (a ninth of 180) and 60: trials of an earlier driver fill them."""
+    from types import SimpleNamespace
+
+    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+
+    from shoal.tune import ray_edge
+
+    past = [(number, step, value) for number, value in enumerate((0.9, 0.8, 0.7)) for step in (20, 60)]
+    scheduler = ray_edge.make_scheduler("asha", shoal.maximize("a"), steps=180, eval_every=20, past=past)
+    assert isinstance(scheduler, ASHAScheduler)
+    trial = SimpleNamespace(trial_id="new")
+    scheduler.on_trial_add(None, trial)
+    decision = scheduler.on_trial_result(None, trial, {"step": 20, ray_edge._METRIC: 0.1})
+    assert decision == TrialScheduler.STOP
+    best = SimpleNamespace(trial_id="best")
+    scheduler.on_trial_add(None, best)
+    decision = scheduler.on_trial_result(None, best, {"step": 20, ray_edge._METRIC: 0.95})
+    assert decision == TrialScheduler.CONTINUE
+    for kind, steps in (("none", 180), ("asha", 20)):
+        never = ray_edge.make_scheduler(kind, shoal.maximize("a"), steps=steps, eval_every=20, past=[])
+        assert type(never) is FIFOScheduler
+
+
+# On a cluster
+
+
+@pytest.fixture
+def by_value() -> None:
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(searched)  # a cluster's processes have no tests on their path
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("by_value")
+def test_a_sweep_finds_the_better_fields(cluster: ClusterInfo) -> None:
+    space = {**SPACE, "kind": choice(["plain", "broken"])}
+    sweep = start_sweep(cluster, Line(), space, trials=8, concurrent=3, name="finds", steps=60).wait(
+        progress=False
+    )
+    states = [trial.state for trial in sweep.trials]
+    assert len(states) == 8
+    assert TrialState.FINISHED in states
+    assert all(state.is_final for state in states)
+    for trial in sweep.trials:
+        run = RunRecord(Storage(cluster.storage), trial.run)
+        if trial.fields["kind"] == "broken":
+            assert trial.state is TrialState.FAILED
+            assert "this model cannot be built" in trial.error
+            continue
+        wait_until(lambda run=run: run.state() is not RunState.RUNNING, f"{trial} to end")  # type: ignore[misc]
+        assert run.state() in (RunState.FINISHED, RunState.STOPPED)
+        assert run.events(("checkpoint",))[-1]["step"] == run.step
+    assert sweep.best.value == min(trial.value for trial in sweep.trials if trial.value is not None)
+    assert not math.isnan(sweep.best.value or math.nan)
+    assert sorted(path.name for path in SweepRecord(Storage(cluster.storage), "finds").dir.iterdir()) == [
+        "lock",
+        "sweep.json",
+        "trials.jsonl",
+    ]
+    again = start_sweep(cluster, Line(), space, trials=8, concurrent=3, name="finds", steps=60)
+    assert again.wait(progress=False).trials == sweep.trials
+    assert "8 of 8 trials done" in again.note
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("by_value")
+def test_a_killed_trial_goes_on_from_its_checkpoint(cluster: ClusterInfo, tmp_path: Path) -> None:
+    sweep = start_sweep(
+        cluster,
+        Line(flag_dir=str(tmp_path)),
+        SPACE,
+        trials=2,
+        concurrent=2,
+        name="killed-trial",
+        scheduler="none",
+    )
+    victim = tmp_path / "victim"
+    wait_until(lambda: victim.exists() and victim.read_text().endswith("\n"), "a trial to come half way")
+    os.kill(int(victim.read_text()), signal.SIGKILL)
+    sweep.wait(progress=False, timeout_s=120)
+    assert [trial.state for trial in sweep.trials] == [TrialState.FINISHED] * 2
+    starts = [RunRecord(Storage(cluster.storage), trial.run).events(("start",)) for trial in sweep.trials]
+    assert sorted(len(attempts) for attempts in starts) == [1, 2]
+    resumed = max(starts, key=len)[-1]
+    assert (resumed["source"], resumed["step"]) == ("checkpoint", 10)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_killed_driver_repeats_no_finished_trial(cluster: ClusterInfo, tmp_path: Path) -> None:
+    from drive import start
+
+    environment = {**os.environ, "PYTHONPATH": f"{HERE}:{HERE.parents[1] / 'platform'}"}
+    (tmp_path / "victim").touch()  # the first trial runs through
+    record = SweepRecord(Storage(cluster.storage), "killed-driver")
+
+    def has_finished(count: int) -> bool:
+        return sum(trial.state is TrialState.FINISHED for trial in record.trials()) >= count
+
+    command = [sys.executable, str(HERE / "drive.py"), str(cluster.project), str(tmp_path)]
+    with subprocess.Popen(command, env=environment) as driver:
+        try:
+            wait_until(lambda: has_finished(1), "the first trial to finish", timeout_s=90)
+            (tmp_path / "victim").unlink()
+            wait_until(lambda: (tmp_path / "victim").exists(), "another to come half way")
+            with pytest.raises(ClusterError, match="already being run by another process"):
+                start(cluster, str(tmp_path))
+        finally:
+            driver.kill()
+    before = {trial.number: trial for trial in record.trials() if trial.state.is_final}
+    sweep = start(cluster, str(tmp_path)).wait(progress=False, timeout_s=120)
+    assert isinstance(sweep, Sweep)
+    assert [trial.state for trial in sweep.trials] == [TrialState.FINISHED] * 3
+    attempts = {
+        trial.number: RunRecord(Storage(cluster.storage), trial.run).attempt for trial in sweep.trials
+    }
+    assert all(attempts[number] == 1 for number in before)
+    assert sorted(attempts.values()) == [1, 1, 2]
+    assert {number: trial for number, trial in enumerate(sweep.trials, 1) if number in before} == before
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("by_value")
+def test_stopping_commits_and_the_same_call_goes_on(cluster: ClusterInfo) -> None:
+    def start(steps: int) -> Sweep:
+        return start_sweep(
+            cluster,
+            Line(),
+            SPACE,
+            trials=2,
+            concurrent=1,
+            name=f"stopped-{steps}",
+            scheduler="none",
+            steps=steps,
+        )
+
+    sweep = start(1_000_000)
+    wait_until(
+        lambda: any(trial.step >= 20 for trial in sweep.trials), "the first trial to be measured twice"
+    )
+    sweep.stop()
+    sweep.wait(progress=False, timeout_s=60)
+    assert [trial.state for trial in sweep.trials] == [TrialState.STOPPED]
+    run = RunRecord(Storage(cluster.storage), sweep.trials[0].run)
+    assert run.state() is RunState.STOPPED
+    assert run.events(("checkpoint",))[-1]["step"] == run.step
+    again = start(1_000_000)
+    wait_until(lambda: run.attempt == 2, "the trial to go on")
+    assert again.trials[0].run == run.name
+    again.stop()
+    again.wait(progress=False, timeout_s=60)
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("by_value")
+def test_a_recipe_that_fails_is_an_error(cluster: ClusterInfo) -> None:
+    sweep = start_sweep(cluster, Line(kind="broken"), SPACE, trials=9, concurrent=2, name="fails")
+    with pytest.raises(RecipeError, match=r"trials failed.*\n?.*this model cannot be built"):
+        sweep.wait(progress=False, timeout_s=120)
+    assert len(sweep.trials) < 9
+
+
+@pytest.mark.cluster
+def test_what_never_fits_is_refused_before_anything_is_written(cluster: ClusterInfo) -> None:
+    with pytest.raises(RequestError, match="can never start"):
+        start_sweep(cluster, Line(), SPACE, trials=2, concurrent=2, name="huge", cpus_per_trial=1000)
+    assert not SweepRecord(Storage(cluster.storage), "huge").dir.exists()
+    with pytest.raises(RequestError) as caught:
+        start_sweep(cluster, Line(), SPACE, trials=0, concurrent=0, workers=2, scheduler="pbt")  # type: ignore[arg-type]
+    assert len(str(caught.value).splitlines()) == 5
