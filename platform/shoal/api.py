@@ -1,9 +1,9 @@
 """What a notebook or a script uses: `connect`, and the cluster it returns.
 
-    cluster = shoal.connect()
-    run = cluster.train(Digits(lr=1e-3), workers="1..4").wait()
-    model = cluster.models.register("digits", run, alias="champion")
-    app = cluster.serve("serve_apps.digits:app", model="digits@champion")
+cluster = shoal.connect()
+run = cluster.train(Digits(lr=1e-3), workers="1..4").wait()
+model = cluster.models.register("digits", run, alias="champion")
+app = cluster.serve("serve_apps.digits:app", model="digits@champion")
 """
 
 from __future__ import annotations
@@ -103,10 +103,17 @@ def _end(info: ClusterInfo) -> None:
 
 def _check_same_places(config: ClusterConfig, info: ClusterInfo) -> None:
     """Storage and tracking belong to the cluster: a client that means others must not write there unnoticed."""
-    wanted = {"storage": str(config.storage_path(info.project)), "tracking": config.tracking_uri(info.project)}
+    wanted = {
+        "storage": str(config.storage_path(info.project)),
+        "tracking": config.tracking_uri(info.project),
+    }
     running = {"storage": str(info.storage), "tracking": info.tracking}
     problems = [
-        Problem(path, f"the running cluster uses {running[path]}; `shoal down && shoal up` applies the file", value)
+        Problem(
+            path,
+            f"the running cluster uses {running[path]}; `shoal down && shoal up` applies the file",
+            value,
+        )
         for path, value in wanted.items()
         if value != running[path]
     ]
@@ -123,7 +130,7 @@ class Cluster:
     @property
     def config(self) -> ClusterConfig:
         """The ``cluster.yaml`` it was started from."""
-        return ClusterConfig.model_validate(dict(self.info.config))
+        return ClusterConfig.from_dict(self.info.config)
 
     @property
     def storage(self) -> Storage:
@@ -223,12 +230,11 @@ class Cluster:
         """
         if workers is None:
             return self.config.train.workers
-        try:
-            parsed = workers if isinstance(workers, Range) else Range.parse(workers)
-        except (ValueError, TypeError) as err:
-            raise RequestError(f"workers={workers!r}: {err}") from None
+        parsed = workers if isinstance(workers, Range) else Range.parse(workers)
         if parsed.min < 1:
-            raise RequestError(f"workers={workers!r}: a run needs at least 1 worker, such as 1..{max(parsed.max, 1)}")
+            raise RequestError(
+                f"workers={workers!r}: a run needs at least 1 worker, such as 1..{max(parsed.max, 1)}"
+            )
         return parsed
 
     def worker_resources(self) -> Resources:
@@ -262,7 +268,7 @@ class Cluster:
         from shoal.tune import start_sweep
 
         return start_sweep(
-            self.storage,
+            self.info,
             recipe,
             space,
             trials=self.config.tune.trials if trials is None else trials,
@@ -273,9 +279,9 @@ class Cluster:
     def serve(self, app: str, *, model: str, name: str | None = None) -> App:
         """Deploy an app (``serve_apps.digits:app``) with a model (``digits@champion``); blocks until it answers.
 
-        Changes a running app in place, without dropping a request. See `shoal.serve.deploy.deploy` for errors.
+        Changes a running app in place, without dropping a request. See `shoal.serve.deploy` for errors.
         """
-        from shoal.serve.deploy import deploy
+        from shoal.serve import deploy
 
         return deploy(self.info, app, model=model, name=name)
 
@@ -415,10 +421,10 @@ def plan_run(
         raise RequestError(f"steps={target_steps}: a run has at least 1 step")
     if precision not in ("fp32", "bf16"):
         raise RequestError(f"precision={precision!r}: choose fp32 or bf16")
-    try:
-        every_s = config.train.checkpoint_every if checkpoint_every is None else Duration.parse(checkpoint_every)
-    except (ValueError, TypeError) as err:
-        raise RequestError(f"checkpoint_every={checkpoint_every!r}: {err}") from None
+    every_s = config.train.checkpoint_every
+    if checkpoint_every is not None:
+        is_number = isinstance(checkpoint_every, int | float)
+        every_s = Duration(float(checkpoint_every)) if is_number else Duration.parse(checkpoint_every)
     init_name = str(init_from) if init_from is not None else None
     identity = identity_of(recipe, seed=seed, precision=precision, init_from=init_name)
     return RunSpec(

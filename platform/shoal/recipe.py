@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -135,10 +136,10 @@ class Recipe:
     def train(self, session: Session) -> None:
         """The training loop. Override it for a loop of your own; this is the whole of the default::
 
-            for batch in session.batches():
-                loss = session.loss(batch)  # self.loss in the run's precision
-                session.backward(loss)
-                session.step()
+        for batch in session.batches():
+            loss = session.loss(batch)  # self.loss in the run's precision
+            session.backward(loss)
+            session.step()
         """
         for batch in session.batches():
             session.backward(session.loss(batch))
@@ -169,7 +170,7 @@ def _make_dataclass(cls: type[Recipe]) -> None:
             kwargs = _validated(cls, kwargs)
         plain_init(self, **kwargs)
 
-    cls.__init__ = init  # type: ignore[method-assign]
+    cls.__init__ = init  # type: ignore[method-assign,assignment]
 
 
 def _validated(cls: type[Recipe], values: dict[str, Any]) -> dict[str, Any]:
@@ -193,19 +194,21 @@ def _fields_model(cls: type[Recipe]) -> type[BaseModel]:
         if not isinstance(f.default, type(MISSING)):
             default = f.default
         elif not isinstance(f.default_factory, type(MISSING)):
-            default = f.default_factory()
+            default = f.default_factory()  # type: ignore[operator]
         else:
             default = ...
         columns[f.name] = (hints[f.name], default)
     return create_model(
-        cls.__name__, __config__=ConfigDict(extra="forbid", protected_namespaces=(), validate_default=True), **columns
+        cls.__name__,
+        __config__=ConfigDict(extra="forbid", protected_namespaces=(), validate_default=True),
+        **columns,
     )
 
 
 def _refuse_hidden_names(cls: type[Recipe]) -> None:
     base_fields = set(Recipe.__annotations__) - {"objective", "steps"}
     taken = {name for name in dir(Recipe) if not name.startswith("_")} - base_fields
-    for name, annotation in cls.__dict__.get("__annotations__", {}).items():
+    for name, annotation in inspect.get_annotations(cls).items():
         is_classvar = "ClassVar" in str(annotation)
         if name in taken and not is_classvar:
             raise RecipeError(
@@ -255,7 +258,9 @@ def load_recipe(ref: str) -> type[Recipe]:
     if class_name:
         found = getattr(module, class_name, None)
         if not (isinstance(found, type) and issubclass(found, Recipe)):
-            raise NotFoundError(f"{module_name} has no recipe {class_name!r}; it has: {_names(module) or 'none'}")
+            raise NotFoundError(
+                f"{module_name} has no recipe {class_name!r}; it has: {_names(module) or 'none'}"
+            )
         return found
     own = _own_recipes(module)
     if len(own) != 1:
@@ -297,7 +302,10 @@ def _own_recipes(module: Any) -> list[type[Recipe]]:
     return [
         c
         for c in vars(module).values()
-        if isinstance(c, type) and issubclass(c, Recipe) and c is not Recipe and c.__module__ == module.__name__
+        if isinstance(c, type)
+        and issubclass(c, Recipe)
+        and c is not Recipe
+        and c.__module__ == module.__name__
     ]
 
 
@@ -338,4 +346,3 @@ def parse_fields(cls: type[Recipe], assignments: list[str]) -> Recipe:
             raise RecipeError(f"{word!r} is not of the form field=value, such as lr=1e-3")
         values[name] = text
     return from_fields(cls, values)
-

@@ -114,7 +114,13 @@ def read_checkpoint(directory: Path) -> Loaded:
         rest = unflatten(state["rest"], load_file(directory / REST_FILE))
         model = load_file(directory / MODEL_FILE)
         return Loaded(
-            directory, state["step"], model, rest["optimizer"], rest["scheduler"], rest["random"], state["facts"]
+            directory,
+            state["step"],
+            model,
+            rest["optimizer"],
+            rest["scheduler"],
+            rest["random"],
+            state["facts"],
         )
     except (KeyError, TypeError, OSError) as err:
         raise CorruptError(f"{directory} is not a checkpoint of shoal: {err!r}") from err
@@ -182,7 +188,9 @@ class CheckpointWriter:
     def submit(self, snap: Snapshot) -> None:
         """Begin to write ``snap``; waits first for the one before it."""
         self._join()
-        self._thread = threading.Thread(target=self._write, args=(snap,), name="shoal-checkpoint", daemon=True)
+        self._thread = threading.Thread(
+            target=self._write, args=(snap,), name="shoal-checkpoint", daemon=True
+        )
         self._thread.start()
 
     def close(self) -> None:

@@ -57,7 +57,9 @@ def finished_run(spec: RunSpec, record: RunRecord) -> Run | None:
     """The run, if it already has as many steps as are asked for."""
     if record.state() != RunState.FINISHED or record.step < spec.target_steps:
         return None
-    return Run(record, note=f"run {spec.name!r} finished before, at step {record.step:,}; nothing was trained")
+    return Run(
+        record, note=f"run {spec.name!r} finished before, at step {record.step:,}; nothing was trained"
+    )
 
 
 class WorkersDriver:

@@ -75,7 +75,9 @@ def train_worker(spec: RunSpec, group: Group, *, on_eval: EvalListener | None = 
         raise
     except Exception as err:
         # BaseExceptions (Ray's SystemExit on kill) pass: they are not the recipe's.
-        record.append("end", step=record.step, state="failed", error=_describe(err), traceback=_traceback(err))
+        record.append(
+            "end", step=record.step, state="failed", error=_describe(err), traceback=_traceback(err)
+        )
         group.leave()
 
 
@@ -85,8 +87,6 @@ def _train(spec: RunSpec, group: Group, record: RunRecord, on_eval: EvalListener
     data = spec.recipe.build_data()
     if not isinstance(data, Datasets):
         raise RecipeError(f"build_data must return shoal.Datasets(train=, val=), not {type(data).__name__}")
-    if group.is_first:
-        _check_data(record, data)
     keeper = _Keeper(spec, group, record, on_eval)
     session = Session(
         spec.recipe,
@@ -97,6 +97,8 @@ def _train(spec: RunSpec, group: Group, record: RunRecord, on_eval: EvalListener
         target_steps=spec.target_steps,
         precision=spec.precision,
     )
+    if group.is_first:
+        _check_data(record, data)
     source = keeper.restore(session)
     pids = group.gather(os.getpid())
     if group.is_first:
@@ -145,9 +147,7 @@ class _HeldRun:
 class _Keeper:
     """What happens at step boundaries: metrics, evaluation, checkpoints, the wish to stop."""
 
-    def __init__(
-        self, spec: RunSpec, group: Group, record: RunRecord, on_eval: EvalListener | None
-    ) -> None:
+    def __init__(self, spec: RunSpec, group: Group, record: RunRecord, on_eval: EvalListener | None) -> None:
         self._spec, self._group, self._record, self._on_eval = spec, group, record, on_eval
         self._objective = spec.recipe.objective
         self._best: float | None = None
@@ -236,7 +236,9 @@ class _Keeper:
             for name, was in loaded.facts.items():
                 now = _facts(self._spec, self._group)[name]
                 if now != was:
-                    self._warn(f"{name} was {was} in the checkpoint and is {now} now; the last bits may differ")
+                    self._warn(
+                        f"{name} was {was} in the checkpoint and is {now} now; the last bits may differ"
+                    )
 
     def _evaluate(self, session: Session) -> dict[str, float]:
         values = session.evaluate(session.data.val)
@@ -309,7 +311,9 @@ class _Keeper:
         )
 
     def _not_committed(self, snap: Snapshot, err: ShoalError) -> None:
-        self._warn(f"no checkpoint at step {snap.step}: {err}. Training goes on; earlier checkpoints are kept")
+        self._warn(
+            f"no checkpoint at step {snap.step}: {err}. Training goes on; earlier checkpoints are kept"
+        )
 
     def _rejected(self, path: Path, reason: str) -> None:
         self._record.append("rejected", path=str(path.relative_to(self._record.dir)), reason=reason)
@@ -335,7 +339,9 @@ def _load_weights(session: Session, package: Path) -> None:
     try:
         session.model.load_state_dict(load_file(package / "model.safetensors"))
     except RuntimeError as err:
-        raise RecipeError(f"init_from: the weights in {package} do not fit this recipe's model: {err}") from err
+        raise RecipeError(
+            f"init_from: the weights in {package} do not fit this recipe's model: {err}"
+        ) from err
 
 
 def _facts(spec: RunSpec, group: Group) -> dict[str, Any]:
@@ -367,4 +373,6 @@ def _describe(err: Exception) -> str:
 
 
 def _traceback(err: Exception) -> str:
-    return "" if isinstance(err, ShoalError) and not err.__cause__ else "".join(traceback.format_exception(err))
+    return (
+        "" if isinstance(err, ShoalError) and not err.__cause__ else "".join(traceback.format_exception(err))
+    )

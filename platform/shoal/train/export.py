@@ -63,7 +63,16 @@ def code_revision(project: Path) -> str:
     """The project's git revision, with ``+dirty`` for uncommitted changes; empty where there is no git."""
     try:
         said = subprocess.run(
-            ["git", "-C", str(project), "describe", "--always", "--dirty=+dirty", "--abbrev=12", "--exclude=*"],
+            [
+                "git",
+                "-C",
+                str(project),
+                "describe",
+                "--always",
+                "--dirty=+dirty",
+                "--abbrev=12",
+                "--exclude=*",
+            ],
             capture_output=True,
             text=True,
             timeout=_GIT_TIMEOUT_S,

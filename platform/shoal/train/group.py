@@ -62,7 +62,8 @@ class Group:
         if self.size == 1:
             return None
         with _peer_errors():
-            return dist.all_reduce(tensor, async_op=True)
+            work: dist.Work = dist.all_reduce(tensor, async_op=True)
+            return work
 
     def finish(self, work: dist.Work | None) -> None:
         """Block until what `start_sum` began is done."""

@@ -61,7 +61,7 @@ class GradientBuckets:
             self._control_apart = True
         self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.views}
         self._work: list[torch.distributed.Work | None] = []
-        self._hooks = [p.register_post_accumulate_grad_hook(self._on_ready) for p in trained]
+        self._hooks = [p.register_post_accumulate_grad_hook(self._on_ready) for p in trained]  # type: ignore[no-untyped-call]
 
     def zero(self) -> None:
         """Set all gradients to zero and make every ``p.grad`` a slice of its buffer again."""
@@ -86,7 +86,7 @@ class GradientBuckets:
             self._work.append(self._group.start_sum(self._control))
         for work in self._work:
             self._group.finish(work)
-        return self._control.tolist()  # type: ignore[no-any-return]
+        return self._control.tolist()
 
     def close(self) -> None:
         """Take the hooks off the model."""

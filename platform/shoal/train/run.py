@@ -90,7 +90,7 @@ class Run:
         best = self._record.best_checkpoint(objective.metric, objective.mode) if objective else None
         events = [best] if best else self._record.events(("checkpoint",))[::-1]
         for event in events:
-            path = self._record.dir / event["path"]
+            path: Path = self._record.dir / event["path"]
             if path.is_dir():
                 return path
         raise NotFoundError(

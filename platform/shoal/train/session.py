@@ -247,7 +247,7 @@ class Session:
         in_processes = self.data.loader_workers > 0
         return DataLoader(
             _Positioned(self.data.train, derive_seed(self._seed, "sample") if in_processes else None),
-            batch_sampler=steps,  # type: ignore[arg-type]
+            batch_sampler=steps,
             collate_fn=self.data.collate or default_collate,
             num_workers=self.data.loader_workers,
             pin_memory=self.group.device.type == "cuda",

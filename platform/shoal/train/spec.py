@@ -44,9 +44,7 @@ class RunSpec:
         )
 
 
-def identity_of(
-    recipe: Recipe, *, seed: int, precision: Precision, init_from: str | None
-) -> dict[str, Any]:
+def identity_of(recipe: Recipe, *, seed: int, precision: Precision, init_from: str | None) -> dict[str, Any]:
     """A run's identity: recipe, fields, seed, strategy, precision and starting weights, JSON-able."""
     return {
         "recipe": recipe_ref(recipe),

@@ -1,0 +1,75 @@
+"""What `test_ray_edge.py` runs on workers: in a module of its own, so that it travels by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from shoal.errors import RecipeError
+
+
+def note(config: dict[str, Any], **fields: Any) -> None:
+    """Append one line to this rank's file."""
+    path = Path(config["notes"]) / f"rank-{os.environ['RANK']}.jsonl"
+    with path.open("a") as file:
+        file.write(json.dumps({"pid": os.getpid(), **fields}) + "\n")
+
+
+def sum_ranks(config: dict[str, Any]) -> None:
+    """Note what the collective gave, and what this process listens on."""
+    import psutil
+    import torch
+    import torch.distributed as dist
+
+    total = torch.tensor([float(dist.get_rank())])
+    dist.all_reduce(total)
+    listens = [
+        connection.laddr.ip
+        for connection in psutil.Process().net_connections("inet")
+        if connection.status == "LISTEN"
+    ]
+    note(
+        config,
+        total=total.item(),
+        backend=dist.get_backend(),
+        world=dist.get_world_size(),
+        listens=listens,
+        local_rank=os.environ["LOCAL_RANK"],
+        omp=os.environ.get("OMP_NUM_THREADS"),
+    )
+
+
+def step_until_told(config: dict[str, Any]) -> None:
+    """Keep doing collectives until the file ``finish`` is there."""
+    import torch
+    import torch.distributed as dist
+
+    flag = torch.zeros(1)
+    for step in range(1_000_000):
+        flag.fill_(float((Path(config["notes"]) / "finish").exists()))
+        dist.broadcast(flag, 0)
+        if step == 0:
+            note(config, started=time.time())
+        if flag:
+            return
+        time.sleep(0.01)
+
+
+def refuse(config: dict[str, Any]) -> None:
+    """Fail on rank 1 with an error that means something; rank 0 waits for it in vain."""
+    import torch
+    import torch.distributed as dist
+
+    note(config, refused=True)
+    if dist.get_rank() == 1:
+        raise RecipeError("the loss is NaN", traceback_text="in the recipe")
+    dist.all_reduce(torch.zeros(1))
+
+
+def stumble(config: dict[str, Any]) -> None:
+    """Fail every time with an error that means nothing to shoal."""
+    note(config, stumbled=True)
+    raise OSError("no such thing")

@@ -1,0 +1,243 @@
+"""The engine in this process, one worker: how runs end, resume and refuse."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import shoal
+from shoal.errors import StorageError
+from shoal.storage import Storage
+from shoal.tracking import RunRecord, RunState
+from shoal.train import checkpoints
+from shoal.train.engine import train_worker
+from shoal.train.group import Group
+from shoal.train.spec import RunSpec
+from toy import Toy
+
+
+def spec_of(tmp_path: Path, recipe: shoal.Recipe | None = None, **changes: Any) -> RunSpec:
+    spec = RunSpec(recipe=recipe or Toy(), name="run", storage=Storage(tmp_path), target_steps=60, keep=2)
+    return replace(spec, **changes)
+
+
+def train(spec: RunSpec, **kwargs: Any) -> RunRecord:
+    train_worker(spec, Group.alone(), **kwargs)
+    return RunRecord(spec.storage, spec.name)
+
+
+def error_of(record: RunRecord) -> str:
+    assert record.state() == RunState.FAILED
+    return str(record.events(("end",))[-1]["error"])
+
+
+def weights_of(record: RunRecord, step: int) -> dict[str, torch.Tensor]:
+    return checkpoints.read_checkpoint(checkpoints.checkpoint_path(record.checkpoints_dir, step)).model
+
+
+def test_a_run_records_what_happened_and_learns(tmp_path: Path) -> None:
+    seen: list[int] = []
+    record = train(spec_of(tmp_path), on_eval=lambda step, values: seen.append(step))
+    assert record.state() == RunState.FINISHED
+    assert seen == [20, 40, 60]
+    frame = record.metrics_frame()
+    assert frame["val_accuracy"].dropna().iloc[-1] > 0.8
+    assert {"loss", "samples_per_s", "lr", "val_loss"} <= set(frame.columns)
+    assert [event["kind"] for event in record.events(("start", "end"))] == ["start", "end"]
+
+
+def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path: Path) -> None:
+    class Declining(Toy):
+        """Best at the first look, by decree."""
+
+        def metrics(self, model: nn.Module, batch: Any) -> dict[str, Any]:
+            return {"accuracy": -float(model[0].weight.abs().sum())}
+
+        def train(self, session: shoal.Session) -> None:
+            for batch in session.batches():
+                session.backward(session.loss(batch))
+                with torch.no_grad():
+                    session.model[0].weight *= 1.05
+                session.step()
+
+    record = train(spec_of(tmp_path, Declining(eval_every=5), keep=1, checkpoint_every_s=0.001))
+    steps = sorted(checkpoints.step_of(path) for path in record.checkpoints_dir.glob("step-*"))
+    assert steps == [5, 60]
+    best = record.best_checkpoint("accuracy", "max")
+    assert best is not None
+    assert best["step"] == 5
+
+
+def test_asked_to_stop_it_commits_and_the_same_command_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    whole = train(spec_of(tmp_path, name="whole"))
+
+    class Stopping(Toy):
+        """Asks its own run to stop in the middle."""
+
+        def train(self, session: shoal.Session) -> None:
+            for batch in session.batches():
+                if session.steps_done == 33:
+                    session._boundary._stop = True  # type: ignore[attr-defined]
+                session.backward(session.loss(batch))
+                session.step()
+
+    stopped = train(spec_of(tmp_path, Stopping()))
+    assert stopped.state() == RunState.STOPPED
+    assert stopped.step == 34
+    resumed = train(spec_of(tmp_path))
+    assert resumed.events(("start",))[-1]["step"] == 34
+    for name, tensor in weights_of(whole, 60).items():
+        assert torch.equal(tensor, weights_of(resumed, 60)[name])
+
+
+def test_more_steps_go_on_from_the_end(tmp_path: Path) -> None:
+    train(spec_of(tmp_path, target_steps=40))
+    record = train(spec_of(tmp_path, target_steps=60))
+    assert [start["step"] for start in record.events(("start",))] == [0, 40]
+    whole = train(spec_of(tmp_path, name="whole"))
+    assert torch.equal(weights_of(record, 60)["0.weight"], weights_of(whole, 60)["0.weight"])
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_serves(tmp_path: Path, damage: str) -> None:
+    record = train(spec_of(tmp_path, Toy(eval_every=60), checkpoint_every_s=0.001, keep=5))
+    folders = sorted(record.checkpoints_dir.glob("step-*"))
+    file = folders[-1] / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    if damage == "delete":
+        file.unlink()
+    else:
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content if damage == "flip" else content[:-1])
+    again = train(spec_of(tmp_path, Toy(eval_every=60)))
+    rejected = again.events(("rejected",))
+    assert [event["path"].split("/")[-1] for event in rejected] == [folders[-1].name]
+    assert again.events(("start",))[-1]["step"] == checkpoints.step_of(folders[-2])
+    assert again.state() == RunState.FINISHED
+
+
+def broken(method: str, body: Callable[..., Any]) -> shoal.Recipe:
+    return type("Broken", (Toy,), {method: body})()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (broken("loss", lambda self, m, b: m(b[0])), r"must be a scalar tensor.*\(12, 2\)"),
+        (broken("loss", lambda self, m, b: 3.0), "must be a scalar tensor.*float"),
+        (broken("loss", lambda self, m, b: torch.tensor(3.0)), "does not depend on the model"),
+        (broken("loss", lambda self, m, b: m(b[0]).sum() * float("nan")), "step 0: the loss is nan"),
+        (
+            broken("metrics", lambda self, m, b: {"f1": 1.0}),
+            "objective is the highest accuracy, but metrics.. gave f1",
+        ),
+        (broken("build_data", lambda self: [1]), "must return shoal.Datasets"),
+        (
+            broken("build_data", lambda self: shoal.Datasets(train=[], val=[1])),  # type: ignore[arg-type]
+            "the train dataset is empty",
+        ),
+        (
+            broken("build_data", lambda self: shoal.Datasets(train=iter([1]), val=[1])),  # type: ignore[arg-type]
+            "train dataset has no len",
+        ),
+        (broken("build_model", lambda self: 1 / 0), "ZeroDivisionError"),
+    ],
+)
+def test_what_is_wrong_with_a_recipe_ends_the_run_with_its_error(
+    tmp_path: Path, recipe: shoal.Recipe, message: str
+) -> None:
+    import re
+
+    assert re.search(message, error_of(train(spec_of(tmp_path, recipe))))
+
+
+def test_the_recipes_own_traceback_is_kept(tmp_path: Path) -> None:
+    record = train(spec_of(tmp_path, broken("loss", lambda self, m, b: m.no_such_thing)))
+    assert "no_such_thing" in record.events(("end",))[-1]["traceback"]
+
+
+def test_weights_that_became_nan_are_never_committed(tmp_path: Path) -> None:
+    class Poisoned(Toy):
+        """Its weights turn NaN in its last step, after the loss was measured."""
+
+        def train(self, session: shoal.Session) -> None:
+            for batch in session.batches():
+                session.backward(session.loss(batch))
+                if session.steps_done == 39:
+                    session.model[0].weight.grad.fill_(float("nan"))
+                session.step()
+
+    record = train(spec_of(tmp_path, Poisoned(), target_steps=40))
+    assert "NaN or infinite, so nothing was saved" in error_of(record)
+    assert not list(record.checkpoints_dir.glob("step-*40"))
+
+
+def test_other_data_under_the_same_name_is_refused(tmp_path: Path) -> None:
+    train(spec_of(tmp_path))
+
+    class OtherData(Toy):
+        """One sample less."""
+
+        def build_data(self) -> shoal.Datasets:
+            data = super().build_data()
+            return shoal.Datasets(train=torch.utils.data.Subset(data.train, range(69)), val=data.val)
+
+    assert "was trained on other data" in error_of(train(spec_of(tmp_path, OtherData(), target_steps=61)))
+
+
+def test_a_changed_model_says_so_instead_of_loading_half(tmp_path: Path) -> None:
+    train(spec_of(tmp_path, target_steps=40))
+    other = broken("build_model", lambda self: nn.Sequential(nn.Linear(8, 2)))
+    assert "does not fit the recipe as it is now" in error_of(train(spec_of(tmp_path, other)))
+
+
+def test_a_full_disk_keeps_training_and_fails_only_where_the_last_checkpoint_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = checkpoints.write_snapshot
+    full = True
+
+    def write_or_fail(directory: Path, snap: checkpoints.Snapshot) -> int:
+        if full and snap.step < 60:
+            raise StorageError(
+                f"cannot commit {directory}: {OSError(errno.ENOSPC, 'No space left on device')}"
+            )
+        return write(directory, snap)
+
+    monkeypatch.setattr(checkpoints, "write_snapshot", write_or_fail)
+    record = train(spec_of(tmp_path))
+    assert record.state() == RunState.FINISHED
+    assert "No space left" in record.events(("warning",))[0]["message"]
+
+
+def test_init_from_starts_from_another_models_weights(tmp_path: Path) -> None:
+    first = train(spec_of(tmp_path, name="first"))
+    package = checkpoints.checkpoint_path(first.checkpoints_dir, 60)
+    record = train(spec_of(tmp_path, init_from=package, init_from_name="toy@1", target_steps=1))
+    start = record.events(("start",))[0]
+    assert (start["source"], start["step"]) == ("init_from", 0)
+    change = weights_of(record, 1)["0.weight"] - weights_of(first, 60)["0.weight"]
+    assert 0 < change.abs().max() < 0.2, "one step away from the weights it started from"
+
+
+def test_two_attempts_never_train_one_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from shoal.errors import ClusterError
+    from shoal.storage import FileLock
+    from shoal.train import engine
+
+    monkeypatch.setattr(engine, "LOCK_TIMEOUT_S", 0.1)
+    spec = spec_of(tmp_path)
+    lock = FileLock(RunRecord(spec.storage, spec.name).lock_path)
+    lock.path.parent.mkdir(parents=True)
+    lock.acquire()
+    with pytest.raises(ClusterError, match="already being trained"):
+        train(spec)
+    lock.release()
+    assert train(spec).state() == RunState.FINISHED

@@ -1,0 +1,324 @@
+"""The edge to Ray Train: what it relies on, what it decides, and what it does on a real cluster."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from shoal.config import Range
+from shoal.errors import DeadlineExceeded, RecipeError, RequestError, WorkerLost
+
+if TYPE_CHECKING:
+    from shoal.cluster import ClusterInfo
+
+ROOT = Path(__file__).resolve().parents[2]
+TWO = Range(2, 2)
+LOOK = "platform/shoal/train/ray_edge.py relies on it: see what replaced it in this version of Ray Train"
+
+_V2 = "ray.train.v2._internal"
+RELIED_ON: list[tuple[str, str, tuple[str, ...]]] = [
+    # module, attribute, parameters that we pass or override
+    (
+        f"{_V2}.execution.controller",
+        "TrainController.__init__",
+        ("train_fn_ref", "scaling_policy", "failure_policy"),
+    ),
+    (f"{_V2}.execution.controller", "TrainController.worker_group_cls", ()),
+    (
+        f"{_V2}.execution.controller",
+        "TrainController._start_worker_group",
+        ("num_workers", "resources_per_worker"),
+    ),
+    (f"{_V2}.execution.controller", "TrainController._shutdown", ()),
+    (f"{_V2}.execution.controller", "TrainController.run", ()),
+    (f"{_V2}.execution.controller", "TrainController.abort", ()),
+    (f"{_V2}.execution.controller", "TrainController.get_result", ()),
+    (f"{_V2}.execution.worker_group", "WorkerGroup._get_worker_runtime_env", ("custom_runtime_env",)),
+    (
+        f"{_V2}.execution.worker_group",
+        "WorkerGroup._create_placement_group",
+        ("scaling_config", "worker_group_context"),
+    ),
+    (f"{_V2}.execution.worker_group.worker_group", "SynchronizationActor", ()),
+    (f"{_V2}.execution.worker_group.state", "_shutdown_sync_actor", ("sync_actor",)),
+    (f"{_V2}.execution.worker_group.placement_group_handle", "DefaultPlacementGroupHandle.__init__", ("pg",)),
+    (f"{_V2}.execution.failure_handling", "FailurePolicy.make_decision", ("training_failed_error",)),
+    (f"{_V2}.execution.scaling_policy", "ScalingPolicy.make_decision_for_non_running_worker_group", ()),
+    (f"{_V2}.execution.scaling_policy", "ScalingPolicy.make_decision_for_running_worker_group", ()),
+    (f"{_V2}.execution.scaling_policy", "ScalingPolicy.after_controller_start", ("train_run_context",)),
+    (f"{_V2}.execution.scaling_policy", "ScalingPolicy._cancel_resource_request", ()),
+    (f"{_V2}.execution.scaling_policy", "ResizeDecision.__init__", ("num_workers", "resources_per_worker")),
+    (f"{_V2}.callbacks", "AcceleratorSetupCallback.__init__", ("backend_config", "scaling_config")),
+    (f"{_V2}.callbacks", "BackendSetupCallback.__init__", ("backend_config",)),
+    ("ray.train.v2.api.data_parallel_trainer", "DataParallelTrainer._initialize_and_run_controller", ()),
+    ("ray.train.v2.api.data_parallel_trainer", "DataParallelTrainer._create_default_callbacks", ()),
+    ("ray.train.v2.api.config", "ScalingConfig._resources_per_worker_not_none", ()),
+    ("ray.train.torch.config", "_TorchBackend.on_start", ("worker_group", "backend_config")),
+    ("ray.train.torch.config", "_TorchBackend.on_shutdown", ("worker_group", "backend_config")),
+    ("ray._private.worker", "print_to_stdstream", ("data",)),
+    ("ray._private.state", "available_resources_per_node", ()),
+    ("ray._private.grpc_utils", "init_grpc_channel", ()),
+    ("ray.core.generated.node_manager_pb2_grpc", "NodeManagerServiceStub", ()),
+]
+
+
+@pytest.mark.parametrize(("module", "name", "parameters"), RELIED_ON, ids=lambda value: str(value)[-50:])
+def test_ray_still_has_what_the_edge_relies_on(module: str, name: str, parameters: tuple[str, ...]) -> None:
+    found: Any = importlib.import_module(module)
+    for part in name.split("."):
+        assert hasattr(found, part), f"{module} has no {name}: {LOOK}"
+        found = getattr(found, part)
+    if parameters:
+        has = inspect.signature(found).parameters
+        assert set(parameters) <= set(has), f"{module}.{name} takes {list(has)}, we use {parameters}: {LOOK}"
+
+
+def test_the_call_that_starts_processes_ahead_is_still_there() -> None:
+    from ray.core.generated import node_manager_pb2
+
+    fields = set(node_manager_pb2.PrestartWorkersRequest.DESCRIPTOR.fields_by_name)
+    needed = {"language", "num_workers", "keep_alive_duration_secs", "runtime_env_info"}
+    assert needed <= fields, (
+        f"PrestartWorkersRequest has {sorted(fields)}; platform/shoal/cluster/warm.py uses {needed}"
+    )
+
+
+# --- what it decides ----------------------------------------------------------------------------------------
+
+
+def dead() -> Exception:
+    from ray.exceptions import RayActorError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    return WorkerHealthCheckFailedError("gone", failure=RayActorError())
+
+
+def decisions(max_failures: int, *failures: Exception) -> list[str]:
+    from ray.train import FailureConfig
+
+    from shoal.train.ray_edge import _RestartOnDeath
+
+    policy = _RestartOnDeath(FailureConfig(max_failures=max_failures))
+    return [policy.make_decision(failure).value for failure in failures]
+
+
+def on_workers(**failures: Exception) -> Exception:
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    return WorkerGroupError("failed", {int(rank[1:]): failure for rank, failure in failures.items()})
+
+
+def test_a_dead_worker_is_worth_a_restart_until_they_are_used_up() -> None:
+    assert decisions(2, *[on_workers(r1=dead())] * 3) == ["RETRY", "RETRY", "RAISE"]
+
+
+def test_a_survivor_that_lost_its_peer_is_worth_a_restart() -> None:
+    assert decisions(1, on_workers(r0=RuntimeError("connection closed by peer"))) == ["RETRY"]
+
+
+def test_an_error_with_a_meaning_is_not_tried_again() -> None:
+    assert decisions(5, on_workers(r0=RuntimeError("peer"), r1=RecipeError("NaN"))) == ["RAISE"]
+
+
+def test_an_error_that_a_death_brought_about_is_tried_again() -> None:
+    assert decisions(5, on_workers(r0=RecipeError("in backward"), r1=dead())) == ["RETRY"]
+
+
+def test_no_room_goes_back_to_whoever_grants_it() -> None:
+    from ray.train.v2._internal.exceptions import (
+        WorkerGroupStartupFailedError,
+        WorkerGroupStartupTimeoutError,
+    )
+    from ray.train.v2.api.exceptions import ControllerError
+
+    assert decisions(5, ControllerError(WorkerGroupStartupTimeoutError(2))) == ["RAISE"]
+    assert decisions(5, ControllerError(WorkerGroupStartupFailedError("died at birth"))) == ["RETRY"]
+
+
+# --- what it does -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def workers(cluster: ClusterInfo, tmp_path: Path) -> Callable[..., Any]:
+    import edge_loads
+    from shoal.train.ray_edge import Workers
+
+    def build(load: str, workers: Range = TWO, **options: Any) -> Workers:
+        return Workers(
+            getattr(edge_loads, load),
+            {"notes": str(tmp_path)},
+            name="tested",
+            workers=workers,
+            resources_per_worker={"CPU": 1},
+            storage_path=tmp_path,
+            **{"max_failures": 2, **options},
+        )
+
+    return build
+
+
+@pytest.fixture
+def nothing_left(cluster: ClusterInfo) -> Iterator[None]:
+    """After the test no placement group remains, and every CPU that was free is free again."""
+    import ray
+
+    free = ray.available_resources().get("CPU")
+    yield
+    from ray.util.placement_group import placement_group_table
+
+    assert [group for group in placement_group_table().values() if group["state"] != "REMOVED"] == []
+    wait_until(lambda: ray.available_resources().get("CPU") == free, f"{free} CPUs are free")
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not so after {timeout_s} s: {what}"
+        threading.Event().wait(0.02)
+
+
+def notes(folder: Path, rank: int) -> list[dict[str, Any]]:
+    path = folder / f"rank-{rank}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+class InThread(threading.Thread):
+    """Runs a group beside the test and keeps its error."""
+
+    def __init__(self, group: Any) -> None:
+        super().__init__(daemon=True)
+        self.group = group
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.group.run()
+        except BaseException as error:
+            self.error = error
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("nothing_left")
+class TestOnACluster:
+    def test_workers_reduce_together_and_listen_on_loopback_only(
+        self, workers: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        workers("sum_ranks", Range(3, 3)).run()
+        for rank in range(3):
+            (line,) = notes(tmp_path, rank)
+            assert (line["total"], line["backend"], line["world"]) == (3.0, "gloo", 3)
+            assert line["local_rank"] == str(rank)
+            assert set(line["listens"]) == {"127.0.0.1"}
+
+    def test_a_run_beside_an_app_takes_what_is_free(
+        self, workers: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        import ray
+
+        @ray.remote(num_cpus=3)
+        class App:
+            def ready(self) -> bool:
+                return True
+
+        replica = App.remote()
+        ray.get(replica.ready.remote())
+        wait_until(lambda: ray.available_resources().get("CPU") == 1, "the app's CPUs are taken")
+        workers("sum_ranks", Range(1, 3)).run()
+        assert [line["world"] for line in notes(tmp_path, 0)] == [1]
+        with pytest.raises(DeadlineExceeded, match="1 of 4 CPU"):
+            workers("sum_ranks", Range(2, 3), grant_wait_s=0.5).run()
+        ray.kill(replica)
+
+    def test_more_workers_than_can_ever_be_is_refused(self, workers: Callable[..., Any]) -> None:
+        with pytest.raises(RequestError, match="9 workers"):
+            workers("sum_ranks", Range(9, 9)).run()
+
+    def test_room_taken_by_somebody_else_is_granted_anew(
+        self, workers: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from shoal.train import ray_edge
+
+        grants = iter([9, 2])  # 9 were never free
+        monkeypatch.setattr(ray_edge, "wait_for_grant", lambda *_, **__: next(grants))
+        workers("sum_ranks", start_timeout_s=0.3).run()
+        assert [line["world"] for line in notes(tmp_path, 0)] == [2]
+
+    def test_an_error_of_a_recipe_comes_out_as_it_is_and_at_once(
+        self, workers: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        with pytest.raises(RecipeError, match="the loss is NaN") as caught:
+            workers("refuse").run()
+        assert caught.value.traceback_text == "in the recipe"
+        assert len(notes(tmp_path, 1)) == 1
+
+    def test_failing_too_often_is_worker_lost(self, workers: Callable[..., Any], tmp_path: Path) -> None:
+        with pytest.raises(
+            WorkerLost, match=r"failed 2 time\(s\), and 1 restart\(s\).*no such thing"
+        ) as caught:
+            workers("stumble", Range(1, 1), max_failures=1).run()
+        assert "\n\n\n" not in str(caught.value)
+        assert len(notes(tmp_path, 0)) == 2
+
+    def test_a_killed_worker_is_replaced_and_nothing_is_printed(
+        self, workers: Callable[..., Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        thread = InThread(workers("step_until_told"))
+        wait_until(lambda: bool(notes(tmp_path, 1)), "the workers run")
+        os.kill(notes(tmp_path, 1)[0]["pid"], signal.SIGKILL)
+        wait_until(lambda: len(notes(tmp_path, 0)) == 2, "the group runs again")
+        (tmp_path / "finish").touch()
+        thread.join(30)
+        assert (thread.is_alive(), thread.error) == (False, None)
+        assert capfd.readouterr() == ("", "")
+
+    def test_a_killed_controller_is_replaced(self, workers: Callable[..., Any], tmp_path: Path) -> None:
+        import ray
+
+        group = workers("step_until_told")
+        thread = InThread(group)
+        wait_until(lambda: bool(notes(tmp_path, 1)), "the workers run")
+        ray.kill(group._controller)
+        wait_until(lambda: len(notes(tmp_path, 0)) == 2, "the group runs again")
+        (tmp_path / "finish").touch()
+        thread.join(30)
+        assert (thread.is_alive(), thread.error) == (False, None)
+
+    def test_abort_while_running_returns_quietly(self, workers: Callable[..., Any], tmp_path: Path) -> None:
+        group = workers("step_until_told")
+        thread = InThread(group)
+        wait_until(lambda: bool(notes(tmp_path, 1)), "the workers run")
+        group.abort()
+        group.abort()
+        thread.join(30)
+        assert (thread.is_alive(), thread.error, group.is_aborted) == (False, None, True)
+
+    def test_abort_at_any_moment_of_the_start_leaves_nothing(self, workers: Callable[..., Any]) -> None:
+        group = workers("step_until_told")
+        group.abort()
+        group.run()
+        group = workers("step_until_told")
+        thread = InThread(group)
+        wait_until(lambda: group._controller is not None, "there is a controller")
+        group.abort()
+        thread.join(30)
+        assert (thread.is_alive(), thread.error) == (False, None)
+
+
+def test_importing_capacity_and_warm_loads_no_ray() -> None:
+    import subprocess
+
+    code = "import shoal.capacity, shoal.cluster.warm, sys; sys.exit(not {'ray', 'torch'}.isdisjoint(sys.modules))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=60).returncode == 0

@@ -1,0 +1,60 @@
+"""kill -9 of a rank, then the same command: the weights are those of a run that was never disturbed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from projects import ROOT
+from shoal.storage import Storage
+from shoal.tracking import RunRecord, RunState
+from shoal.train.checkpoints import checkpoint_path
+
+STEPS = 100
+TRAINEE = Path(__file__).with_name("trainee.py")
+pytestmark = pytest.mark.slow
+
+
+def torchrun(num_workers: int, storage: Path, name: str, *, kill: str = "") -> int:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT / 'platform'}:{TRAINEE.parent}",
+        "SHOAL_TEST_KILL": kill,
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_workers}",
+        str(TRAINEE), str(storage), name, str(STEPS),
+    ]  # fmt: skip
+    return subprocess.run(command, env=environment, capture_output=True, timeout=120, check=False).returncode
+
+
+def fingerprint_of(storage: Path, name: str) -> str:
+    """SHA-256 over parameters, optimizer, scheduler and every rank's random state at the last step."""
+    folder = checkpoint_path(RunRecord(Storage(storage), name).checkpoints_dir, STEPS)
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_a_killed_run_ends_with_the_same_bits(num_workers: int, tmp_path: Path) -> None:
+    assert torchrun(num_workers, tmp_path, "undisturbed") == 0
+    assert torchrun(num_workers, tmp_path, "killed", kill=f"{num_workers - 1}:57") != 0
+    killed = RunRecord(Storage(tmp_path), "killed")
+    assert killed.state() == RunState.INTERRUPTED
+    assert torchrun(num_workers, tmp_path, "killed") == 0
+
+    starts = killed.events(("start",))
+    assert [start["step"] == 0 for start in starts] == [True, False], (
+        "the second attempt starts from a checkpoint"
+    )
+    assert 0 < starts[1]["step"] <= 57
+    assert killed.state() == RunState.FINISHED
+    assert fingerprint_of(tmp_path, "killed") == fingerprint_of(tmp_path, "undisturbed")
