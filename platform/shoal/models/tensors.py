@@ -78,7 +78,7 @@ def _separate(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
             )
         tensor = tensor.detach()
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() and place in names_by_place:
+        if place in names_by_place:
             aliases[name] = names_by_place[place]
             continue
         names_by_place[place] = name
