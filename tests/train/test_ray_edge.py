@@ -151,8 +151,12 @@ def test_no_room_goes_back_to_whoever_grants_it() -> None:
 
 @pytest.fixture
 def workers(cluster: ClusterInfo, tmp_path: Path) -> Callable[..., Any]:
+    from ray import cloudpickle
+
     import edge_loads
     from shoal.train.ray_edge import Workers
+
+    cloudpickle.register_pickle_by_value(edge_loads)  # this folder is on pytest's path, not on the workers'
 
     def build(load: str, workers: Range = TWO, **options: Any) -> Workers:
         return Workers(
@@ -319,6 +323,8 @@ class TestOnACluster:
 def test_importing_capacity_and_warm_loads_no_ray() -> None:
     import subprocess
 
-    code = "import shoal.capacity, shoal.cluster.warm, sys; sys.exit(not {'ray', 'torch'}.isdisjoint(sys.modules))"
+    code = (
+        "import shoal.capacity, shoal.cluster.warm, sys; sys.exit(bool({'ray', 'torch'} & set(sys.modules)))"
+    )
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
     assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=60).returncode == 0

@@ -1,0 +1,144 @@
+"""Submit to first step: shoal's edge beside stock Ray Train, paired and interleaved on one cluster.
+
+Run it against a cluster that `shoal up` started, on a machine with nothing else to do, from the repository:
+``eval $(shoal env); python -m benchmarks.submit [pairs]``. Both use that cluster. Each pair runs both in random order; between runs it waits until the machine is
+idle, so that neither pays for processes that the other left starting. The first step is the first finished
+all-reduce of two workers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
+
+WORKERS = 2
+GOAL = 0.7
+_IDLE_PERCENT = 30
+_IDLE_WAIT_S = 60
+
+
+def first_step(config: dict[str, Any]) -> None:
+    """Do one all-reduce and write down when it was done."""
+    import torch
+    import torch.distributed as dist
+
+    dist.all_reduce(torch.ones(1))
+    if dist.get_rank() == 0:
+        Path(config["out"]).write_text(json.dumps(time.time()))
+
+
+def run_stock(folder: Path, out: Path) -> None:
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    TorchTrainer(
+        first_step,
+        train_loop_config={"out": str(out)},
+        scaling_config=ScalingConfig(num_workers=WORKERS),
+        run_config=RunConfig(name=out.name, storage_path=str(folder)),
+    ).fit()
+
+
+def run_shoal(folder: Path, out: Path) -> None:
+    from shoal.train.ray_edge import run_workers
+
+    run_workers(
+        first_step,
+        {"out": str(out)},
+        name=out.name,
+        num_workers=WORKERS,
+        resources_per_worker={"CPU": 1},
+        max_failures=0,
+        storage_path=folder,
+    )
+
+
+def timed(run: Callable[[Path, Path], None], folder: Path, label: str) -> float:
+    """Seconds from submit to the end of the first all-reduce, on a machine that was idle before."""
+    wait_until_idle()
+    out = folder / label
+    start = time.time()
+    run(folder, out)
+    return float(json.loads(out.read_text())) - start
+
+
+def wait_until_idle() -> None:
+    import psutil
+
+    deadline = time.monotonic() + _IDLE_WAIT_S
+    while psutil.cpu_percent(interval=1.0) > _IDLE_PERCENT and time.monotonic() < deadline:
+        pass
+
+
+def interval(values: list[float], *, num_resamples: int = 4000) -> tuple[float, float, float]:
+    """Geometric mean and its 95 % interval, by resampling the pairs (percentile bootstrap)."""
+    draw = random.Random(0)
+    means = sorted(
+        statistics.geometric_mean(draw.choices(values, k=len(values))) for _ in range(num_resamples)
+    )
+    low, high = means[int(0.025 * num_resamples)], means[int(0.975 * num_resamples)]
+    return statistics.geometric_mean(values), low, high
+
+
+def measure(pairs: int) -> dict[str, Any]:
+    """Time ``pairs`` pairs on the attached cluster."""
+    order = random.Random(0)
+    times: dict[str, list[float]] = {"shoal": [], "stock": []}
+    with tempfile.TemporaryDirectory(prefix="shoal-submit-") as name:
+        folder = Path(name)
+        for warm_up in (run_shoal, run_stock):  # the first of each starts actors that stay
+            timed(warm_up, folder, f"{warm_up.__name__}-first")
+        for number in range(pairs):
+            sides = [("shoal", run_shoal), ("stock", run_stock)]
+            order.shuffle(sides)
+            for side, run in sides:
+                times[side].append(timed(run, folder, f"{side}-{number}"))
+            print(
+                f"pair {number + 1}: " + ", ".join(f"{side} {t[-1]:.2f} s" for side, t in times.items()),
+                flush=True,
+            )
+    ratios = [ours / theirs for ours, theirs in zip(times["shoal"], times["stock"], strict=True)]
+    ratio, low, high = interval(ratios)
+    return {
+        "name": "submit to first step, shoal / stock Ray Train",
+        "ratio": ratio,
+        "interval": [low, high],
+        "goal": f"<= {GOAL}",
+        "met": high <= GOAL,
+        "shoal_s": statistics.median(times["shoal"]),
+        "stock_s": statistics.median(times["stock"]),
+        "pairs": pairs,
+    }
+
+
+def main() -> int:
+    """Print the table; 0 when the goal is met."""
+    pairs = int(sys.argv[1]) if len(sys.argv) > 1 else 8
+    if not os.environ.get("RAY_ADDRESS"):
+        print("attach first: eval $(shoal env), then run again", file=sys.stderr)
+        return 2
+    import ray
+
+    ray.init(log_to_driver=False, logging_level="ERROR")
+    result = measure(pairs)
+    low, high = result["interval"]
+    print(
+        f"{result['name']}: {result['ratio']:.2f} (95 % interval {low:.2f}..{high:.2f}, goal {result['goal']}); "
+        f"median {result['shoal_s']:.2f} s / {result['stock_s']:.2f} s, {pairs} pairs"
+    )
+    return 0 if result["met"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
