@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from shoal.serve.core.gate import Limits as Limits
     from shoal.serve.core.picture import read_pixels as read_pixels
     from shoal.serve.core.picture import to_grey as to_grey
-    from shoal.serve.deploy import apps as apps
-    from shoal.serve.deploy import delete as delete
-    from shoal.serve.deploy import start as start
+    from shoal.serve.deploying import apps as apps
+    from shoal.serve.deploying import delete as delete
+    from shoal.serve.deploying import start as start
     from shoal.serve.endpoint import Endpoint as Endpoint
     from shoal.serve.handle import App as App
     from shoal.serve.handle import AppStatus as AppStatus
@@ -28,11 +28,11 @@ _HOME = {
     "Limits": "shoal.serve.core.gate",
     "Refusal": "shoal.serve.core.answer",
     "app": "shoal.serve.builder",
-    "apps": "shoal.serve.deploy",
-    "delete": "shoal.serve.deploy",
-    "deploy": "shoal.serve.deploy",
+    "apps": "shoal.serve.deploying",
+    "delete": "shoal.serve.deploying",
+    "deploy": "shoal.serve.deploying",
     "read_pixels": "shoal.serve.core.picture",
-    "start": "shoal.serve.deploy",
+    "start": "shoal.serve.deploying",
     "to_grey": "shoal.serve.core.picture",
 }
 

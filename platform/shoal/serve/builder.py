@@ -16,6 +16,7 @@ from shoal.errors import AccessError, RequestError
 from shoal.serve.core.gate import Limits
 from shoal.serve.core.keys import Keys
 from shoal.serve.endpoint import Endpoint
+from shoal.storage import Storage
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -128,6 +129,8 @@ def _bind(endpoint: type[Endpoint], info: ClusterInfo, user_config: Mapping[str,
         name=DEPLOYMENT,
         user_config=dict(user_config),
         ray_actor_options={"num_cpus": endpoint.num_cpus},
+        # On storage, because Ray's own folder goes with the cluster. A line per request would only cost speed.
+        logging_config={"logs_dir": str(Storage(info.storage).app_logs_dir), "enable_access_log": False},
         **deployment_options(settings),
     )
     return deployment.bind(

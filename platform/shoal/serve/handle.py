@@ -76,7 +76,7 @@ class App:
         Raises:
             ClusterError: the cluster does not answer.
         """
-        from shoal.serve.deploy import reason_of
+        from shoal.serve.deploying import reason_of
 
         details = read_serve(self.info)["applications"].get(self.name) or {"status": "NOT_STARTED"}
         replicas = [
@@ -94,7 +94,7 @@ class App:
 
     def delete(self) -> None:
         """Take the app off the cluster; see `shoal.serve.delete`."""
-        from shoal.serve.deploy import delete
+        from shoal.serve.deploying import delete
 
         delete(self.info, self.name)
 

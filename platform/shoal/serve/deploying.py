@@ -6,6 +6,9 @@ runs, alters one app, and sends the whole back, under a lock that all processes 
 
 from __future__ import annotations
 
+import importlib.util
+import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +29,9 @@ busy machine."""
 _POLL_S = 0.1
 _SETTLE_S = 10.0
 """How long replicas that Ray calls up to date may still answer with another version."""
+
+_TRACE = r"\s|$|(\w+: )?Traceback |The above exception|During handling|ray(\.exceptions\.Ray|::)"
+"""How the lines of a stack trace begin that say nothing about what went wrong."""
 
 AppConfig = dict[str, Any]
 """One app as Ray's `ServeApplicationSchema` has it."""
@@ -66,13 +72,14 @@ def deploy(
         NotFoundError: no such model, version or alias.
         CorruptError: the model's files were changed.
         AccessError: beyond loopback without keys.
-        RequestError: ``import_path`` is not ``module:name``.
+        RequestError: ``import_path`` is not ``module:name``; NotFoundError: no such module.
         ClusterError: the app does not come up; holds Ray's message.
         DeadlineExceeded: it is not up after ``deadline_s``; it goes on starting.
     """
     from shoal.models import ModelPackage
 
-    name = name or _default_name(import_path)
+    module = _module_of(info, import_path)
+    name = name or module.rpartition(".")[2]
     serve_settings(info)
     user_config = resolve(info, model)
     package = ModelPackage.open(Path(user_config["path"]))
@@ -203,12 +210,18 @@ def _wait_running(info: ClusterInfo, name: str, *, deadline_s: float) -> None:
 
 
 def reason_of(details: Mapping[str, Any]) -> str:
-    """Why an app is in the state it is in: Ray's messages on its deployments, without repetition."""
+    """Why an app is in the state it is in: Ray's messages on its deployments, without their stack traces."""
     deployments = details.get("deployments") or {}
     messages = [deployment.get("message", "") for deployment in deployments.values()]
     messages = [text for text in messages if text] or [details.get("message", "")]
-    text = "\n".join(dict.fromkeys(messages)).strip()
-    return "no reason given" if not text else text if len(text) <= 3000 else f"... {text[-3000:]}"
+    return "\n".join(dict.fromkeys(_without_traces(text) for text in messages)) or "no reason given"
+
+
+def _without_traces(text: str) -> str:
+    """Ray's message with each stack trace reduced to the exception at its end."""
+    is_trace = re.compile(_TRACE).match
+    kept = [line for line in text.splitlines() if not is_trace(line)]
+    return "\n".join(kept[:1] + kept[1:][-5:])[:3000]
 
 
 def _wait_answers(app: App, deadline_s: float) -> None:
@@ -243,13 +256,23 @@ def _wait(
         time.sleep(poll_s)
 
 
-def _default_name(import_path: str) -> str:
+def _module_of(info: ClusterInfo, import_path: str) -> str:
+    """The module of an import path, which is there; Ray would notice much later that it is not."""
     module, colon, attribute = import_path.partition(":")
     if not (module and colon and attribute):
         raise RequestError(
             f"{import_path!r} is not an import path; write MODULE:NAME such as serve_apps.digits:app"
         )
-    return module.rpartition(".")[2]
+    sys.path.insert(0, str(info.project))
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        found = False
+    finally:
+        sys.path.remove(str(info.project))
+    if not found:
+        raise NotFoundError(f"there is no module {module!r} in {info.project} or on the path")
+    return module
 
 
 def _without(running: Mapping[str, AppConfig], name: str) -> dict[str, AppConfig]:
