@@ -1,9 +1,9 @@
 """Submit to first step: shoal's edge beside stock Ray Train, paired and interleaved on one cluster.
 
-Run it against a cluster that `shoal up` started, on a machine with nothing else to do, from the repository:
-``eval $(shoal env); python -m benchmarks.submit [pairs]``. Both use that cluster. Each pair runs both in random order; between runs it waits until the machine is
-idle, so that neither pays for processes that the other left starting. The first step is the first finished
-all-reduce of two workers.
+Run it on a cluster that `shoal up` started, on a machine with nothing else to do, from the repository:
+``eval $(shoal env); python -m benchmarks.submit [pairs]``. Both sides use that cluster. Each pair runs both
+in random order; between runs it waits until the machine is idle, so that neither pays for processes that the
+other left starting. The first step is the first finished all-reduce of two workers.
 """
 
 from __future__ import annotations
