@@ -120,6 +120,8 @@ def serve_environment(ports: Mapping[str, int], run_dir: Path, num_threads: int)
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_LOG_TO_STDERR": "0",
+        # Throughput mode holds back 1000 lines: what an app printed before it was killed would be lost.
+        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": _AUTOSCALING_PUSH_S,
         "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": _AUTOSCALING_PUSH_S,
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports["serve_fallback_http"]),

@@ -37,6 +37,11 @@ class Storage:
         return self.root / "sweeps"
 
     @property
+    def app_logs_dir(self) -> Path:
+        """What replicas print: ``replica_<app>_...log`` files, kept when the cluster is gone."""
+        return self.root / "apps" / "logs"
+
+    @property
     def tracking_dir(self) -> Path:
         return self.root / "tracking"
 

@@ -1,0 +1,81 @@
+"""Output for people: tables of at most 100 columns, plain text where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+MAX_WIDTH = 100
+
+
+def console() -> Console:
+    """Standard output: the terminal's width up to 100 columns, 100 in a pipe."""
+    from rich.console import Console
+
+    found = Console(highlight=False)
+    return Console(highlight=False, width=min(found.width, MAX_WIDTH) if found.is_terminal else MAX_WIDTH)
+
+
+def say(text: str = "") -> None:
+    """One line as it is: never wrapped, so that it can be copied."""
+    print(text, flush=True)
+
+
+def show_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, numbers: Iterable[str] = ()) -> None:
+    """A table; the first column is a name and never cut short, ``numbers`` are aligned to the right."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(
+            column,
+            justify="right" if column in set(numbers) else "left",
+            no_wrap=index == 0,
+            overflow="fold",
+        )
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    console().print(table)
+
+
+def show_facts(facts: Mapping[str, Any]) -> None:
+    """Names and values below each other; a value of several lines stays under its name."""
+    width = max(map(len, facts), default=0)
+    for name, value in facts.items():
+        first, *more = str(value).split("\n")
+        say(f"{name.ljust(width)}  {first}".rstrip())
+        for line in more:
+            say(f"{' ' * width}  {line}")
+
+
+def age_text(then: float) -> str:
+    """How long ago, in the one unit that matters: ``42s``, ``3m``, ``5h``, ``2d``."""
+    return duration_text(time.time() - then)
+
+
+def duration_text(seconds: float) -> str:
+    """A duration in the one unit that matters."""
+    seconds = max(0.0, seconds)
+    for limit, unit, size in ((120, "s", 1), (7200, "m", 60), (172800, "h", 3600)):
+        if seconds < limit:
+            return f"{seconds / size:.0f}{unit}"
+    return f"{seconds / 86400:.0f}d"
+
+
+def size_text(size_bytes: float) -> str:
+    """A number of bytes for a person: ``3.2 MiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size_bytes < 1024:
+            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1024
+    return f"{size_bytes:.1f} TiB"
+
+
+def values_text(values: Mapping[str, float] | None) -> str:
+    """Metrics in one line: ``accuracy 0.97  loss 0.11``."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in (values or {}).items())

@@ -1,0 +1,75 @@
+"""Options that several commands share, each written once."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Target = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Where it runs: `local`. Default: `target` in cluster.yaml."),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=C", help="Override one value of cluster.yaml; repeat for more."),
+]
+Module = Annotated[str, typer.Argument(metavar="MODULE[:CLASS]", help="The recipe, such as jobs.digits.")]
+Fields = Annotated[
+    list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="The recipe's fields, such as lr=1e-3.")
+]
+SpaceFields = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[FIELD=SPACE]...",
+        help="What to search: lr=log:1e-4..1e-1 by orders of magnitude, dropout=0.0..0.5 evenly, layers=1..4 "
+        "whole numbers, hidden=64,128 one of these; wd=1e-2 is fixed.",
+    ),
+]
+Workers = Annotated[
+    str | None,
+    typer.Option(metavar="N|N..M", help="Workers; of a range, as many as are free. Default: the file's."),
+]
+Steps = Annotated[int | None, typer.Option(metavar="N", help="Where the run ends. Default: the recipe's.")]
+Name = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Default: <recipe>-<8 hex>; the same command, the same run."),
+]
+Seed = Annotated[int, typer.Option(metavar="N", help="Of weights, data order and dropout.")]
+Precision = Annotated[str, typer.Option(metavar="fp32|bf16", help="Of the forward pass.")]
+CheckpointEvery = Annotated[
+    str | None,
+    typer.Option(metavar="TIME", help="The most work a crash can cost, such as 30s. Default: the file's."),
+]
+Keep = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Newest checkpoints to keep besides the best. Default: the file's."),
+]
+InitFrom = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="A model version to start from, such as digits@1.")
+]
+Detach = Annotated[
+    bool, typer.Option("--detach", help="Let the cluster drive the run; return once it has started.")
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Build everything, take one step here, say what it would need; write nothing."
+    ),
+]
+Trials = Annotated[int | None, typer.Option(metavar="N", help="Trials of the sweep. Default: the file's.")]
+Concurrent = Annotated[
+    int | None, typer.Option(metavar="N", help="Trials at a time, at most. Default: the file's.")
+]
+SweepName = Annotated[
+    str | None,
+    typer.Option(
+        "--name", metavar="NAME", help="Default: <recipe>-sweep-<8 hex>; the same command, the same sweep."
+    ),
+]
+Scheduler = Annotated[
+    str,
+    typer.Option(
+        metavar="asha|none", help="asha ends trials early that are worse than others at the same step."
+    ),
+]

@@ -1,0 +1,121 @@
+"""``shoal runs``: every run on storage, or one of them closely. Needs no cluster."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from shoal.cli.command import WORK, command
+
+if TYPE_CHECKING:
+    from shoal.tracking import RunRecord
+
+NUM_EVENTS = 12
+"""Lines of a run's journal that are shown."""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command."""
+    command(app, panel=WORK, examples=("shoal runs", "shoal runs digits-1a2b3c4d"))(runs)
+
+
+def runs(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this run closely.")] = None,
+) -> None:
+    """List the runs, the newest first; or show one: its identity, how far it is and what happened last."""
+    from shoal.api import find_run
+    from shoal.cli.console import say
+    from shoal.cli.place import storage
+    from shoal.tracking import list_runs
+
+    if name is not None:
+        _show_run(find_run(storage(), name).record)
+        return
+    records = list_runs(storage())[::-1]
+    if not records:
+        say("no runs yet; start one: shoal train MODULE")
+        return
+    show_runs(records)
+
+
+def show_runs(records: list[RunRecord]) -> None:
+    """A table of runs."""
+    from shoal.cli.console import show_table
+
+    columns = ("run", "state", "step", "of", "best", "workers", "age")
+    show_table(columns, map(_row, records), numbers=("step", "of", "workers", "age"))
+
+
+def _row(record: RunRecord) -> tuple[Any, ...]:
+    from shoal.cli.console import age_text
+    from shoal.train.run import objective_of
+
+    objective, best = objective_of(record), None
+    if objective is not None:
+        best = record.best(objective.metric, objective.mode)
+    starts = record.events(("start",))
+    target = record.target_steps
+    return (
+        record.name,
+        record.state(),
+        f"{record.step:,}",
+        f"{target:,}" if target else "",
+        f"{objective.metric} {best['values'][objective.metric]:.4g}" if objective and best else "",
+        starts[-1]["workers"] if starts else "",
+        age_text(starts[0]["t"]) if starts else "",
+    )
+
+
+def _show_run(record: RunRecord) -> None:
+    from shoal.cli.console import age_text, say, show_facts, values_text
+
+    identity = record.identity() or {}
+    starts = record.events(("start",))
+    target = record.target_steps
+    checkpoints = [e for e in record.events(("checkpoint",)) if (record.dir / e["path"]).is_dir()]
+    facts = {
+        "run": record.name,
+        "state": record.state(),
+        "steps": f"{record.step:,}{f' of {target:,}' if target else ''}",
+        "attempts": record.attempt,
+        "workers": starts[-1]["workers"] if starts else "",
+        "started": f"{age_text(starts[0]['t'])} ago" if starts else "",
+        "recipe": identity.get("recipe", ""),
+        "fields": " ".join(f"{key}={value}" for key, value in identity.get("fields", {}).items()),
+        "seed": identity.get("seed", ""),
+        "from": identity.get("init_from") or "",
+        "val": values_text(record.last_eval("val")),
+        "test": values_text(record.last_eval("test")),
+        "checkpoints": ", ".join(f"{event['step']:,}" for event in checkpoints),
+        "folder": record.dir,
+    }
+    show_facts({key: value for key, value in facts.items() if value != ""})
+    say()
+    for event in record.events()[-NUM_EVENTS:]:
+        say(_event_text(event))
+
+
+def _event_text(event: dict[str, Any]) -> str:
+    from shoal.cli.console import size_text, values_text
+
+    kind = event["kind"]
+    when = time.strftime("%H:%M:%S", time.localtime(event["t"]))
+    step = f"step {event['step']:,}" if "step" in event else ""
+    match kind:
+        case "start":
+            detail = f"{event['workers']} workers, {event['source']}"
+        case "metrics":
+            detail = values_text(event["values"])
+        case "eval":
+            detail = f"{event['split']} {values_text(event['values'])}"
+        case "checkpoint":
+            detail = f"{size_text(event['size_bytes'])} in {event['seconds']:.2f} s"
+        case "end":
+            detail = f"{event['state']} {event['error']}".strip()
+        case "rejected":
+            detail = f"{event['path']}: {event['reason']}"
+        case _:
+            detail = str(event.get("message", ""))
+    return f"{when}  {kind:<10}  {step:<12}  {detail}".rstrip()

@@ -1,0 +1,130 @@
+"""``shoal status``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from shoal.cli.command import CLUSTER, command
+
+if TYPE_CHECKING:
+    from shoal.cluster import ClusterInfo, ClusterStatus
+
+NUM_RUNS = 5
+"""Runs that are not running, shown beside those that are."""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command."""
+    command(app, panel=CLUSTER, examples=("shoal status",))(status)
+
+
+def status() -> None:
+    """Show the cluster: what it has, who holds what, its runs, its apps and where they answer."""
+    from shoal.cli.console import say
+    from shoal.cli.place import require_running
+    from shoal.cluster import status as look
+
+    info = require_running()
+    seen = look(info)
+    _show_cluster(seen)
+    say()
+    _show_pools(info)
+    say()
+    _show_holders(seen)
+    say()
+    _show_runs(info)
+    say()
+    _show_apps(info)
+
+
+def _show_cluster(seen: ClusterStatus) -> None:
+    from shoal.cli.console import duration_text, show_facts
+
+    info = seen.info
+    resources = ", ".join(
+        f"{_amount(name, seen.free[name])} of {_amount(name, total)} {name}"
+        for name, total in seen.total.items()
+    )
+    show_facts(
+        {
+            "cluster": f"{info.name}, up for {duration_text(seen.uptime_s)}, {seen.num_processes} processes",
+            "free": resources,
+            "dashboard": info.dashboard_url,
+            "apps": info.serve_url,
+            "storage": info.storage,
+            "tracking": info.tracking,
+        }
+    )
+
+
+def _show_pools(info: ClusterInfo) -> None:
+    from shoal.cli.console import say, show_table
+    from shoal.config import ClusterConfig, Machine
+    from shoal.config.local import plan_local
+
+    config = ClusterConfig.from_dict(info.config)
+    if not config.pools:
+        say("no pools in cluster.yaml: the head does the work")
+        return
+    plan = plan_local(config, Machine.here())
+    rows = [
+        (name, f"{pool.nodes}", plan.pools[name].num_cpus, plan.pools[name].num_gpus)
+        for name, pool in config.pools.items()
+    ]
+    show_table(
+        ("pool", "nodes in the file", "CPUs here", "GPUs here"), rows, numbers=("CPUs here", "GPUs here")
+    )
+
+
+def _show_holders(seen: ClusterStatus) -> None:
+    from shoal.cli.console import say, show_table
+
+    holding = [holder for holder in seen.holders if any(holder.resources.values())]
+    if not holding:
+        say("nobody holds anything")
+        return
+    rows = [
+        (
+            holder.name,
+            holder.kind,
+            ", ".join(f"{_amount(name, amount)} {name}" for name, amount in holder.resources.items()),
+        )
+        for holder in holding
+    ]
+    show_table(("holder", "kind", "holds"), rows)
+
+
+def _show_runs(info: ClusterInfo) -> None:
+    from shoal.cli.console import say
+    from shoal.cli.runs import show_runs
+    from shoal.storage import Storage
+    from shoal.tracking import RunState, list_runs
+
+    records = list_runs(Storage(info.storage))[::-1]
+    running = [record for record in records if record.state() == RunState.RUNNING]
+    shown = running + [record for record in records if record not in running][:NUM_RUNS]
+    if not shown:
+        say("no runs yet; start one: shoal train MODULE")
+        return
+    show_runs(shown)
+    if len(shown) < len(records):
+        say(f"and {len(records) - len(shown)} more: shoal runs")
+
+
+def _show_apps(info: ClusterInfo) -> None:
+    from shoal.cli.console import say, show_table
+    from shoal.serve import apps
+
+    rows = [(app.name, app.status().state, app.model, app.url) for app in apps(info)]
+    if rows:
+        show_table(("app", "state", "model", "url"), rows)
+    else:
+        say("no apps yet; start one: shoal serve MODULE:APP --model MODEL@ALIAS")
+
+
+def _amount(resource: str, amount: float) -> str:
+    from shoal.cli.console import size_text
+
+    return size_text(amount) if resource == "memory" else f"{amount:g}"

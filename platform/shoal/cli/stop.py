@@ -1,0 +1,88 @@
+"""``shoal stop``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from shoal.cli.command import WORK, command
+
+if TYPE_CHECKING:
+    from shoal.storage import Storage
+    from shoal.train.run import Run
+
+DEADLINE_S = 120.0
+"""Longer than a step and a commit; what goes on longer is said to go on."""
+_POLL_S = 0.1
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command."""
+    command(app, panel=WORK, examples=("shoal stop digits-1a2b3c4d",))(stop)
+
+
+def stop(name: Annotated[str, typer.Argument(metavar="NAME", help="A run or a sweep.")]) -> None:
+    """Ask a run or a sweep to commit and stop, wherever it was started, and wait until it has.
+
+    The same command that started it goes on with it.
+    """
+    from shoal.api import find_run
+    from shoal.cli.place import storage
+
+    place = storage()
+    if (place.sweep_dir(name) / "sweep.json").exists():
+        _stop_sweep(place, name)
+    elif (place.run_dir(name) / "identity.json").exists():
+        _stop_run(find_run(place, name))
+    else:
+        _refuse(place, name)
+
+
+def _stop_run(run: Run) -> None:
+    from shoal.cli.console import say
+
+    if not run.is_active():
+        say(f"run {run.name} does not run: {run.state} at step {run.step:,}")
+        return
+    run.stop()
+    _wait(lambda: not run.is_active(), f"run {run.name} to stop")
+    say(f"run {run.name}: {run.state} at step {run.step:,}; the command that started it goes on from there")
+
+
+def _stop_sweep(place: Storage, name: str) -> None:
+    from shoal.cli.console import say
+    from shoal.tune import SweepRecord
+
+    record = SweepRecord(place, name)
+    if not record.lock.is_held():
+        say(f"sweep {name} does not run")
+        return
+    record.mark_stop()
+    _wait(lambda: not record.lock.is_held(), f"sweep {name} to stop")
+    say(f"sweep {name}: stopped; the command that started it goes on with it")
+
+
+def _refuse(place: Storage, name: str) -> None:
+    from shoal.cli.place import running
+    from shoal.errors import NotFoundError, RequestError
+    from shoal.serve import apps
+
+    info = running()
+    if info is not None and name in {app.name for app in apps(info)}:
+        raise RequestError(f"{name!r} is an app; take it off the cluster with: shoal delete {name}")
+    raise NotFoundError(f"there is no run and no sweep {name!r} in {place.root}; see: shoal runs")
+
+
+def _wait(is_done: Callable[[], bool], what: str) -> None:
+    from shoal.errors import DeadlineExceeded
+
+    deadline = time.monotonic() + DEADLINE_S
+    while not is_done():
+        if time.monotonic() > deadline:
+            raise DeadlineExceeded(
+                f"waited {DEADLINE_S:.0f} s for {what}; it was asked to, and will at its next step boundary"
+            )
+        time.sleep(_POLL_S)

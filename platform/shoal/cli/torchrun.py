@@ -1,0 +1,149 @@
+"""Train under ``torchrun``, without Ray: its processes are the workers, the run is in the project's storage."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from shoal.cli.console import say
+from shoal.errors import RecipeError, RequestError, ShoalError
+
+if TYPE_CHECKING:
+    from shoal.cli.training import TrainOptions
+    from shoal.recipe import Recipe
+    from shoal.tracking import RunRecord
+    from shoal.train.group import Group
+    from shoal.train.run import Run
+    from shoal.train.spec import RunSpec
+
+
+def is_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether ``torchrun`` started this process."""
+    return "TORCHELASTIC_RUN_ID" in environment and "RANK" in environment
+
+
+def train_under_torchrun(recipe: Recipe, options: TrainOptions) -> None:
+    """This process's part of the run; rank 0 shows progress and the result.
+
+    Ctrl-C and SIGTERM commit a checkpoint and stop.
+
+    Raises:
+        RequestError: the run cannot be as asked.
+        RecipeError, EnvironmentFailure: it failed.
+    """
+    from shoal.train.group import torchrun_group
+
+    if options.workers is not None:
+        raise RequestError("torchrun decides on the workers: leave --workers out, give it --nproc-per-node")
+    spec = _spec(recipe, options)
+    with torchrun_group() as group:
+        finished = _agree(spec, group)
+        if finished:
+            if group.is_first:
+                say(finished)
+            return
+        _train(spec, group)
+
+
+def _spec(recipe: Recipe, options: TrainOptions) -> RunSpec:
+    from shoal.api import plan_run
+    from shoal.cli.place import project_here
+    from shoal.config import load
+    from shoal.storage import Storage
+
+    if options.init_from is not None and "@" not in options.init_from:
+        raise RequestError(f"--init-from {options.init_from}: without a cluster, name a version, as digits@1")
+    config = load()
+    storage = Storage(config.storage_path(project_here()))
+    return plan_run(recipe, config, storage, **options.of_run())
+
+
+def _agree(spec: RunSpec, group: Group) -> str:
+    """Rank 0 checks for all whether the run may start; returns a note if it is finished already."""
+    from shoal.train.driver import finished_run, prepare
+
+    note, problem = "", None
+    if group.is_first:
+        try:
+            record = prepare(spec)
+            run = finished_run(spec, record)
+            note = run.note if run is not None else ""
+            record.clear_stop()
+        except ShoalError as err:
+            problem = err
+    agreed: tuple[str, ShoalError | None] = group.share((note, problem))
+    note, problem = agreed
+    if problem is not None:
+        if group.is_first:
+            raise problem
+        raise SystemExit(2 if isinstance(problem, RequestError) else 1)  # rank 0 says why
+    return note
+
+
+def _train(spec: RunSpec, group: Group) -> None:
+    from shoal.tracking import RunRecord, RunState
+    from shoal.train.engine import train_worker
+    from shoal.train.run import Run
+
+    record = RunRecord(spec.storage, spec.name)
+    with _stop_on_signals(record), _progress(record, shown=group.is_first):
+        train_worker(spec, group)
+    if group.is_first:
+        _show(Run(record))
+    if record.summary().ended is not None and record.state() == RunState.FAILED:
+        raise SystemExit(2)
+
+
+def _show(run: Run) -> None:
+    from shoal.cli.training import show_result
+
+    end = run.record.summary().ended
+    if end is not None and end["state"] == "failed":
+        raise RecipeError(
+            f"run {run.name!r} failed at step {end['step']}: {end['error']}",
+            traceback_text=str(end["traceback"]),
+        )
+    show_result(run)
+
+
+@contextmanager
+def _stop_on_signals(record: RunRecord) -> Iterator[None]:
+    """Ask the run to commit and stop when torchrun passes on SIGINT or SIGTERM."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        record.mark_stop()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _progress(record: RunRecord, *, shown: bool) -> Iterator[None]:
+    """Show progress from a thread: the main one trains."""
+    from shoal.train.progress import reporter
+
+    over = threading.Event()
+
+    def watch() -> None:
+        with reporter(record, enabled=True) as report:
+            while not over.wait(0.2):
+                report.update()
+
+    thread = threading.Thread(target=watch, name="shoal-progress", daemon=True)
+    if shown:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        if shown:
+            thread.join()

@@ -1,0 +1,40 @@
+"""``shoal tune``."""
+
+from __future__ import annotations
+
+import typer
+
+from shoal.cli import options as opt
+from shoal.cli.command import WORK, command
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command."""
+    examples = (
+        "shoal tune jobs.digits lr=log:1e-4..1e-1",
+        "shoal tune jobs.digits lr=log:1e-4..1e-1 hidden=64,128 dropout=0.0..0.5 --trials 32 --concurrent 2",
+    )
+    command(app, panel=WORK, examples=examples)(tune)
+
+
+def tune(
+    module: opt.Module,
+    space: opt.SpaceFields = None,
+    trials: opt.Trials = None,
+    concurrent: opt.Concurrent = None,
+    steps: opt.Steps = None,
+    name: opt.SweepName = None,
+    seed: opt.Seed = 0,
+    scheduler: opt.Scheduler = "asha",
+) -> None:
+    """Search a recipe's fields for the best validation objective, and wait with a live table of trials.
+
+    The same command goes on with a sweep that was stopped or killed; finished trials are not repeated.
+    """
+    from shoal.cli.place import load_recipe
+    from shoal.cli.tuning import SweepOptions, tune_and_wait
+
+    options = SweepOptions(
+        trials=trials, concurrent=concurrent, steps=steps, name=name, seed=seed, scheduler=scheduler
+    )
+    tune_and_wait(load_recipe(module), space or [], options)
