@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import PIL.Image
+
 from shoal.serve import Endpoint, Refusal, app, read_pixels, to_grey
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ app = app(Digits)
 def _ink(grey: NDArray[np.float32]) -> NDArray[np.float32]:
     """How much ink there is, 0 to 1. The border is paper, be it light or dark."""
     border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-    paper = np.median(border)
+    paper = np.sort(border)[len(border) // 2]
     ink = (paper - grey if paper > 0.5 else grey - paper).clip(0, 1)
     if ink.max() < 0.1:
         raise Refusal(422, "no_ink", "The picture is blank.", "Draw a digit that stands out from its paper.")

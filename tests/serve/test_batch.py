@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 
 import pytest
+
 from shoal.serve.core.batch import Batcher
 
 EXECUTORS = [None, ThreadPoolExecutor(1)]

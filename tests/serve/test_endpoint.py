@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 from asgi_harness import ask, get, post
 from PIL import Image
+
+from jobs.digits import Digits as DigitsRecipe
+from serve_apps.digits import Digits
 from shoal.errors import ClusterError, CorruptError, RequestError
 from shoal.models import Lineage, write_package
 from shoal.serve.core.gate import Limits
 
-from jobs.digits import Digits as DigitsRecipe
-from serve_apps.digits import Digits
-
 PIXELS = {"pixels": [[0, 0, 0, 8, 14, 0, 0, 0]] * 8}
 
 
-def write_version(directory: Path, version: int, *, always: int | None = None) -> Path:
+def write_version_to(path: Path, model: str, version: int, *, always: int | None = None) -> None:
     """An untrained digits model; ``always`` makes it answer that class whatever it sees."""
     import torch
 
@@ -45,8 +45,13 @@ def write_version(directory: Path, version: int, *, always: int | None = None) -
         metrics={},
         created=0.0,
     )
+    write_package(path, net, model=model, version=version, lineage=lineage)
+
+
+def write_version(directory: Path, version: int, *, always: int | None = None) -> Path:
+    """As `write_version_to`, in a folder of its own."""
     path = directory / str(version)
-    write_package(path, net, model="digits", version=version, lineage=lineage)
+    write_version_to(path, "digits", version, always=always)
     return path
 
 
@@ -252,8 +257,9 @@ def test_fast_models_run_inline_and_slow_ones_do_not(endpoint: Digits) -> None:
 @pytest.mark.parametrize("style", ["as it is", "inverted", "enlarged", "on grey paper", "off centre"])
 def test_a_picture_becomes_what_the_data_set_holds(endpoint: Digits, style: str) -> None:
     """30 digits of the data set, drawn in five styles, come out close to their 8 x 8 original."""
-    from shoal.serve.core.picture import open_picture
     from sklearn.datasets import load_digits
+
+    from shoal.serve.core.picture import open_picture
 
     errors = []
     for pixels in load_digits().images[:30]:

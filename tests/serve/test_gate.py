@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from asgi_harness import Got, ask, get, post
+
 from shoal.serve.core.answer import Answer, Refusal
 from shoal.serve.core.gate import Call, Gate, Handler, Limits
 from shoal.serve.core.keys import Keys

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from shoal.errors import AccessError
 from shoal.serve.core.keys import Keys, read_keys
 

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+
 from shoal.serve.core import upload
 from shoal.serve.core.answer import Refusal
 from shoal.serve.core.picture import open_picture, read_pixels, to_grey

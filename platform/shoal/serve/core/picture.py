@@ -61,7 +61,9 @@ def to_grey(picture: Image, *, max_side: int | None = None) -> NDArray[np.float3
         if max_side is not None:
             picture.draft("L", (max_side, max_side))  # a JPEG is then decoded at a fraction of its size
         picture.load()
-        grey = ImageOps.exif_transpose(_grey(picture)) or picture
+        grey = _grey(picture)
+        if "exif" in picture.info:
+            grey = ImageOps.exif_transpose(grey)
         if max_side is not None:
             grey.thumbnail((max_side, max_side), Image.Resampling.BOX)
         return np.asarray(grey, dtype=np.float32) / np.float32(1.0 if grey.mode == "F" else 255.0)

@@ -1,0 +1,252 @@
+"""What is sent to Ray, decided without Ray; and on a real cluster, what a user meets."""
+
+from __future__ import annotations
+
+import json
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal.config import Range, Serve
+from shoal.errors import AccessError, ClusterError, CorruptError, NotFoundError, RequestError
+from shoal.serve.builder import deployment_options
+from shoal.serve.deploying import app_config, reason_of
+
+VERSION_2 = {"model": "digits", "version": 2, "path": "/models/digits/2"}
+PIXELS = {"pixels": [[0, 0, 0, 8, 14, 0, 0, 0]] * 8}
+
+
+def test_first_app_answers_at_the_root_and_later_ones_under_their_name() -> None:
+    first = app_config("digits", "a:app", VERSION_2, [], before=None)
+    assert first["route_prefix"] == "/"
+    assert app_config("other", "a:app", VERSION_2, [first], before=None)["route_prefix"] == "/other"
+
+
+def test_a_new_version_keeps_what_would_make_ray_replace_replicas() -> None:
+    before = {
+        "name": "digits",
+        "route_prefix": "/x",
+        "import_path": "a:app",
+        "args": {"model": "digits@champion"},
+        "deployments": [{"name": "endpoint", "user_config": {"version": 1}}],
+    }
+    after = app_config("digits", "a:app", VERSION_2, [before], before=before)
+    assert {key: after[key] for key in ("route_prefix", "import_path", "args")} == {
+        "route_prefix": "/x",
+        "import_path": "a:app",
+        "args": {"model": "digits@champion"},
+    }
+    assert after["deployments"] == [{"name": "endpoint", "user_config": VERSION_2}]
+
+
+def test_a_name_whose_route_is_taken_is_refused() -> None:
+    others = [{"route_prefix": "/"}, {"route_prefix": "/b"}]
+    with pytest.raises(RequestError, match="another name"):
+        app_config("b", "a:app", VERSION_2, others, before=None)
+
+
+def test_ray_accepts_what_we_send_and_the_bounds_are_set() -> None:
+    from ray.serve.schema import DeploymentSchema, ServeDeploySchema
+
+    fixed = DeploymentSchema(name="endpoint", **deployment_options(Serve(replicas=Range(3, 3), max_queue=50)))
+    assert fixed.num_replicas == 3
+    assert 0 < fixed.max_queued_requests <= 50
+    assert fixed.max_ongoing_requests > 50, "the gate must refuse first, in its own words"
+    assert fixed.max_surge_percent == 100
+    elastic = deployment_options(Serve(replicas=Range(1, 4)))
+    assert DeploymentSchema(name="endpoint", **elastic).autoscaling_config
+    assert elastic["autoscaling_config"]["max_replicas"] == 4
+    assert elastic["autoscaling_config"]["upscale_delay_s"] <= 2, "Ray's own delay is 30 s"
+    ServeDeploySchema(applications=[app_config("digits", "a:app", VERSION_2, [], before=None)])  # type: ignore[list-item]
+
+
+def test_reasons_come_without_stack_traces() -> None:
+    text = (
+        "Deploying app 'x' failed with exception:\nTraceback (most recent call last):\n"
+        '  File "a.py", line 1, in f\n    f()\nray.exceptions.RayTaskError(ValueError): ray::f()\n'
+        "ValueError: the number is odd"
+    )
+    found = reason_of({"deployments": {}, "message": text})
+    assert found == "Deploying app 'x' failed with exception:\nValueError: the number is odd"
+    assert reason_of({"message": ""}) == "no reason given"
+
+
+def test_exported_names_are_not_hidden_by_modules() -> None:
+    import importlib
+
+    import shoal.serve
+
+    for module in ("builder", "deploying", "handle", "endpoint", "rest"):
+        importlib.import_module(f"shoal.serve.{module}")
+    for name in shoal.serve.__all__:
+        assert callable(getattr(shoal.serve, name)), f"shoal.serve.{name} is a module"
+
+
+def test_importing_an_app_loads_neither_ray_nor_torch_nor_fastapi() -> None:
+    import subprocess
+    import sys
+
+    root = Path(__file__).resolve().parents[2]
+    code = (
+        f"import sys; sys.path[:0] = [{str(root)!r}, {str(root / 'platform')!r}]; import serve_apps.digits; "
+        "print(sorted({'ray', 'torch', 'fastapi', 'mlflow', 'starlette'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.strip() == "[]"
+
+
+# On a real cluster, shared by the session (the `cluster` fixture gives its ClusterInfo, attached).
+
+
+@pytest.fixture(scope="module")
+def served(cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Two versions of the digits model, and the first of them served."""
+    from test_endpoint import write_version_to
+
+    from shoal.serve import deploy, start
+    from shoal.tracking.actor import open_registry
+
+    start(cluster)
+    registry = open_registry(cluster)
+    first = registry.register(
+        "served", lambda path, version: write_version_to(path, "served", version, always=3)
+    )
+    second = registry.register(
+        "served", lambda path, version: write_version_to(path, "served", version, always=5)
+    )
+    app = deploy(cluster, "serve_apps.digits:app", model=str(first), name="served")
+    yield app, first, second
+    app.delete()
+
+
+@pytest.mark.cluster
+def test_served_app_answers_pictures_and_pixels(served: Any, cluster: Any, tmp_path: Path) -> None:
+    from test_endpoint import drawn, png
+
+    from shoal.serve import deploy
+
+    app, first, _ = served
+    deploy(cluster, "serve_apps.digits:app", model=str(first), name="served")
+    picture = tmp_path / "one.png"
+    picture.write_bytes(png(drawn()))
+    for sample in (picture, picture.read_bytes(), PIXELS, PIXELS["pixels"]):
+        answer = app.predict(sample)
+        assert (answer["class"], answer["version"]) == (3, first.version)
+    with pytest.raises(RequestError, match="8 x 8"):
+        app.predict([[1] * 8] * 7)
+    assert app.status().state == "RUNNING"
+    assert app.status().replicas >= 1
+    with urllib.request.urlopen(f"{app.url}/openapi.json", timeout=10) as response:
+        assert "/predict" in json.load(response)["paths"]
+
+
+@pytest.mark.cluster
+def test_a_new_version_comes_in_place_without_losing_a_request(served: Any, cluster: Any) -> None:
+    from shoal.serve import deploy
+
+    app, first, second = served
+    deploy(cluster, "serve_apps.digits:app", model=str(first), name="served")
+    pid_before = _replica_pids(cluster, "served")
+    stop = threading.Event()
+    seen: list[Any] = []
+
+    def caller() -> None:
+        while not stop.is_set():
+            try:
+                answer = app.predict(PIXELS)
+                seen.append((answer["version"], answer["class"]))
+            except ClusterError as error:
+                seen.append(error)
+
+    threads = [threading.Thread(target=caller) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        changed = deploy(cluster, "serve_apps.digits:app", model=str(second), name="served")
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+    assert changed.model == str(second)
+    assert set(seen) <= {(first.version, 3), (second.version, 5)}, "no error, and no answer of a mixture"
+    assert app.predict(PIXELS)["version"] == second.version
+    assert _replica_pids(cluster, "served") == pid_before, "in place: the same processes"
+
+
+@pytest.mark.cluster
+def test_one_deploy_never_deletes_another(served: Any, cluster: Any) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from shoal.serve import apps, deploy
+
+    app, first, _ = served
+    deploy(cluster, "serve_apps.digits:app", model=str(first), name="served")
+    names = ["second", "third"]
+    with ThreadPoolExecutor(2) as pool:
+        others = list(
+            pool.map(
+                lambda name: deploy(cluster, "serve_apps.digits:app", model=str(first), name=name), names
+            )
+        )
+    assert {"served", *names} <= {running.name for running in apps(cluster)}
+    for running in (app, *others):
+        assert running.predict(PIXELS)["version"] == first.version
+    for other in others:
+        other.delete()
+    with pytest.raises(NotFoundError, match="no app 'third'"):
+        others[1].delete()
+    assert app.predict(PIXELS)["version"] == first.version
+
+
+@pytest.mark.cluster
+def test_what_cannot_be_deployed_changes_nothing(served: Any, cluster: Any) -> None:
+    from test_endpoint import write_version_to
+
+    from shoal.serve import apps, deploy
+    from shoal.tracking.actor import open_registry
+
+    app, first, _ = served
+    deploy(cluster, "serve_apps.digits:app", model=str(first), name="served")
+    for model, error in (
+        ("served@nobody", NotFoundError),
+        ("served@999", NotFoundError),
+        ("none", NotFoundError),
+    ):
+        with pytest.raises(error):
+            deploy(cluster, "serve_apps.digits:app", model=model, name="served")
+    for import_path in ("serve_apps.digits", ":app", "serve_apps.nothing:app"):
+        with pytest.raises(RequestError):
+            deploy(cluster, import_path, model=str(first), name="served")
+    damaged = open_registry(cluster).register(
+        "served", lambda path, version: write_version_to(path, "served", version)
+    )
+    weights = damaged.path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(CorruptError):
+        deploy(cluster, "serve_apps.digits:app", model=str(damaged), name="served")
+    assert app.predict(PIXELS)["version"] == first.version
+    assert app.name in {running.name for running in apps(cluster)}
+
+
+def test_beyond_loopback_without_keys_is_refused() -> None:
+    from types import SimpleNamespace
+
+    from shoal.serve.builder import serve_settings
+
+    config = {"version": 1, "name": "x", "head": {"cpu": 1, "memory": "1Gi"}, "serve": {"host": "0.0.0.0"}}
+    with pytest.raises(AccessError, match=r"serve\.keys_file"):
+        serve_settings(SimpleNamespace(config=config))  # type: ignore[arg-type]
+
+
+def _replica_pids(cluster: Any, name: str) -> set[int]:
+    from shoal.serve.rest import read_serve
+
+    deployments = read_serve(cluster)["applications"][name]["deployments"].values()
+    return {replica["pid"] for deployment in deployments for replica in deployment["replicas"]}
