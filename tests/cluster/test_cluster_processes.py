@@ -107,6 +107,13 @@ def test_a_link_in_place_of_a_private_folder_is_refused(tmp_path: Path) -> None:
         start.private_dir(tmp_path / "link")
 
 
+def test_a_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    me = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: me + 1)
+    with pytest.raises(ClusterError, match="must be a folder of this user"):
+        start.private_dir(tmp_path)
+
+
 def test_the_token_is_private_from_the_start_and_never_the_same(tmp_path: Path) -> None:
     before = os.umask(0)
     try:

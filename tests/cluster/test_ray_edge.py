@@ -193,3 +193,9 @@ def test_what_is_not_as_expected_is_refused(old: str, new: str) -> None:
 def test_serve_beyond_loopback_is_let_through_when_the_file_says_so() -> None:
     text = CONFIG.replace("bind 127.0.0.1:20011", "bind *:20011")
     assert "bind *:20011" in haproxy_launch.mend(text, ["20012", "20013"], "*:20011")
+
+
+def test_every_port_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "cluster.md").read_text()
+    documented = set(re.findall(r"`([a-z_]+)`", "".join(re.findall(r"(?m)^\| `[^|]+\|", text))))
+    assert set(PORTS) <= documented
