@@ -291,15 +291,17 @@ def test_a_run_purged_from_mlflow_is_told_again(tracker, storage, fake):
     assert (len(run.metrics), run.state) == (5, "finished")
 
 
-def test_a_run_made_anew_is_another_run(tracker, storage, fake):
+@pytest.mark.parametrize("is_noticed", [False, True])
+def test_a_run_made_anew_is_another_run(tracker, storage, fake, is_noticed):
     record = begin(storage)
     finish(record)
     tracker.flush()
-    shutil.rmtree(record.dir)
+    shutil.move(record.dir, storage.root / "kept")  # so that its inode is not given again
+    if is_noticed:
+        tracker.flush()
+    finish(begin(storage, steps=9))
     tracker.flush()
-    finish(begin(storage, steps=2))
-    tracker.flush()
-    assert [len(run.metrics) for run in fake.runs.values()] == [5, 2]
+    assert [len(run.metrics) for run in fake.runs.values()] == [5, 9]
 
 
 def test_a_damaged_identity_or_delivered_file_does_not_stop_delivery(tracker, storage, fake):

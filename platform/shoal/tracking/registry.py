@@ -113,10 +113,6 @@ class Registry:
         directory = self._storage.model_dir(model, version)
         try:
             write(directory, version)
-            if not (directory / MANIFEST).is_file():
-                raise StorageError(
-                    f"nothing was committed to {directory}; {model}@{version} is not registered"
-                )
             self._backend.mark_ready(model, version, tags=dict(tags or {}))
         except BaseException:
             self._abandon(model, version)
