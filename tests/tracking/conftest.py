@@ -10,6 +10,7 @@ import threading
 from dataclasses import dataclass, field
 
 import pytest
+
 from shoal.errors import NotFoundError, RequestError, TrackingError
 
 

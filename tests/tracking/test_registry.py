@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict
 
 import pytest
+
 from shoal.errors import CorruptError, NotFoundError, RequestError, StorageError, TrackingError
 from shoal.storage import Storage, commit, verify
 from shoal.storage.owner import Owner

@@ -6,6 +6,7 @@ import json
 import math
 
 import pytest
+
 from shoal.errors import InternalError, RequestError
 from shoal.tracking.journal import RunState, best_by, derive_state, encode, metrics_frame, parse
 

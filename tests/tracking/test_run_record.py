@@ -9,6 +9,7 @@ import sys
 import threading
 
 import pytest
+
 from shoal.errors import IdentityError, NotFoundError, RequestError
 from shoal.storage import FileLock, Storage
 from shoal.tracking import RunRecord, RunState, list_runs

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from shoal.errors import TrackingError
 from shoal.storage import FileLock, Storage
 from shoal.tracking import RunRecord, Tracker

@@ -6,6 +6,7 @@ import os
 import signal
 
 import pytest
+
 from shoal.errors import NotFoundError
 from shoal.storage import Storage, commit
 from shoal.tracking import RunRecord, ensure_tracker, open_registry

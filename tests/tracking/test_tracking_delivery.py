@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from shoal.tracking.delivery import (
     MAX_METRICS,
     MAX_PARAMS,

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import pytest
 import requests
+
 from shoal.errors import TrackingError
 from shoal.storage import Storage, commit
 from shoal.tracking import Registry, RunRecord, Tracker
