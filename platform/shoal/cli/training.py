@@ -94,7 +94,7 @@ def show_result(run: Run) -> None:
         "steps": f"{run.step:,}{f' of {target:,}' if target else ''}",
         "val": values_text(record.last_eval("val")),
         "test": values_text(record.last_eval("test")),
-        "checkpoint": _checkpoint_text(run),
+        "best": _checkpoint_text(run),
         "next": _next_text(run),
     }
     show_facts({name: text for name, text in facts.items() if text})

@@ -97,6 +97,7 @@ class SweepRecord:
         self.trials_path = self.dir / "trials.jsonl"
         self.lock = FileLock(self.dir / "lock")
         self._identity_path = self.dir / "sweep.json"
+        self._stop_path = self.dir / "stop"
 
     def __repr__(self) -> str:
         return f"SweepRecord({self.name!r})"
@@ -134,6 +135,18 @@ class SweepRecord:
             raise NotFoundError(f"no sweep {self.name!r}; there are: {', '.join(there) or 'none'}")
         identity: dict[str, Any] = read_json(self._identity_path)
         return identity
+
+    def mark_stop(self) -> None:
+        """Ask whoever drives the sweep to stop it, from any process. Repeating it is safe."""
+        self._stop_path.touch()
+
+    def stop_requested(self) -> bool:
+        """Whether someone asked the sweep to stop since ``clear_stop``."""
+        return self._stop_path.exists()
+
+    def clear_stop(self) -> None:
+        """Forget an earlier request to stop: for the command that goes on with the sweep."""
+        self._stop_path.unlink(missing_ok=True)
 
     def book(self, trial: Trial) -> None:
         """Write down where a trial stands; a later line of the same trial replaces the earlier."""

@@ -264,6 +264,7 @@ def start_sweep(
     is_new = record.claim(identity)
     _take_lock(record)
     try:
+        record.clear_stop()
         plan, ledger = _prepare(record, template, space, trials, seed)
         run = _runner(ledger, plan, scheduler, resources, concurrent=min(fit, concurrent), retries=retries)
         driver = _Driver(ledger, run if ledger.num_left else lambda: None, record.lock.release)

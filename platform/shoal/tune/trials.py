@@ -72,7 +72,7 @@ class Trials:
     def next(self) -> Trial | None:
         """Claim the next trial's run; None when there is none left, or none worth it."""
         with self._changed:
-            if self._is_stopping or self._is_hopeless():
+            if self.is_stopping or self._is_hopeless():
                 return None
             if self._unfinished:
                 trial = self._by_number[self._unfinished.pop(0)]
@@ -146,7 +146,9 @@ class Trials:
 
     @property
     def is_stopping(self) -> bool:
-        """Whether `stop` was called."""
+        """Whether `stop` was called, or another process asked for it (``shoal stop``)."""
+        if not self._is_stopping and self._record.stop_requested():
+            self.stop()
         return self._is_stopping
 
     @property
