@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from cluster_projects import start, write_project
+
 from shoal.cluster import ClusterInfo, down, processes
 
 

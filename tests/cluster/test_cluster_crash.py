@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from shoal.cluster import ClusterInfo, attach, doctor, down, environment, find, lifecycle, processes
 from shoal.errors import ClusterError
 

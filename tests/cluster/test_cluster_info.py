@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from shoal.cluster import info as cluster_info
 from shoal.cluster import ports, processes, ray_edge
 from shoal.cluster.info import ClusterInfo, ProcessRef

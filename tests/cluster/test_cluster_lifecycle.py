@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from cluster_projects import write_project
+
 from shoal import config as shoal_config
 from shoal.cluster import doctor, down, lifecycle, ray_edge, up
 from shoal.cluster import start as starting

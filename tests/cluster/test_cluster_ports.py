@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 
 import pytest
+
 from shoal.cluster import ports, ray_edge
 
 

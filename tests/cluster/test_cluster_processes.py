@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+
 from shoal.cluster import haproxy_launch, processes, start
 from shoal.errors import ClusterError
 

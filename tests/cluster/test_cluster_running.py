@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from shoal import config as shoal_config
 from shoal.cluster import ClusterInfo, dashboard, doctor, down, environment, find, processes, status, up
 from shoal.errors import AccessError, RequestError

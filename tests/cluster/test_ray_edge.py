@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from shoal.cluster import haproxy_launch, ports, ray_edge, serve_guard
 
 RUN_DIR = Path("/tmp/shoal-0/01234567")
