@@ -32,6 +32,7 @@ from shoal.tracking import (
     list_runs,
     open_registry,
 )
+from shoal.train.revision import code_revision
 from shoal.train.run import Run
 from shoal.train.spec import RunSpec, identity_of, run_name_of
 
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from shoal.cluster import ClusterInfo
     from shoal.serve import App
     from shoal.train.session import Precision
-    from shoal.tune import Sweep
+    from shoal.tune import Sweep, Trial
 
 
 def connect(project: Path | str | None = None) -> Cluster:
@@ -213,6 +214,7 @@ class Cluster:
             recipe,
             self.config,
             self.storage,
+            project=self.info.project,
             steps=steps,
             name=name,
             seed=seed,
@@ -353,8 +355,8 @@ class Models:
         self._cluster = cluster
         self._registry: Registry = open_registry(cluster.info)
 
-    def register(self, model: str, source: Run | Any, *, alias: str | None = None) -> Model:
-        """Make the best checkpoint of a run (or of a sweep's best trial) the next version of ``model``. Blocks.
+    def register(self, model: str, source: Run | Trial | Sweep, *, alias: str | None = None) -> Model:
+        """Make the best checkpoint of a run, a trial or a sweep's best trial the next version of ``model``. Blocks.
 
         Raises:
             NotFoundError: the run has no checkpoint.
@@ -364,7 +366,7 @@ class Models:
         """
         from shoal.train.export import write_run_package
 
-        run: Run = source if isinstance(source, Run) else source.run
+        run = self._run_of(source)
         resolved = self._registry.register(
             model,
             lambda directory, version: write_run_package(
@@ -374,6 +376,14 @@ class Models:
             alias=alias,
         )
         return Model(resolved)
+
+    def _run_of(self, source: Run | Trial | Sweep) -> Run:
+        if isinstance(source, Run):
+            return source
+        from shoal.tune import Sweep
+
+        trial = source.best if isinstance(source, Sweep) else source
+        return find_run(self._cluster.storage, trial.run)
 
     def get(self, spec: str) -> Model:
         """The version that ``digits@3``, ``digits@champion`` or ``digits`` (the newest) means now."""
@@ -401,6 +411,7 @@ def plan_run(
     config: ClusterConfig,
     storage: Storage,
     *,
+    project: Path,
     steps: int | None,
     name: str | None,
     seed: int,
@@ -438,6 +449,7 @@ def plan_run(
         keep=config.train.keep if keep is None else keep,
         init_from=init_from.path if init_from is not None else None,
         init_from_name=init_name,
+        revision=code_revision(project),
         threads=1,
     )
 

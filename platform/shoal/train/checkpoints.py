@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 
 from shoal.errors import CorruptError, RecipeError, ShoalError, StorageError
+from shoal.models import load_tensors, save_tensors
 from shoal.recipe import Objective
-from shoal.storage import collect_orphans, commit, discard, newest_verified, read_json, write_json
+from shoal.storage import collect_orphans, commit, discard, newest_verified, read_json
 from shoal.train.state import Flat, flatten, snapshot, unflatten
 
 MODEL_FILE = "model.safetensors"
@@ -74,15 +76,12 @@ def write_snapshot(directory: Path, snap: Snapshot) -> int:
     Raises:
         StorageError: the disk is full or not writable; nothing is left at ``directory``.
     """
-    from safetensors.torch import save_file
 
     def write(folder: Path) -> None:
-        save_file(snap.model, folder / MODEL_FILE)
-        save_file(snap.rest.tensors, folder / REST_FILE)
-        write_json(
-            folder / STATE_FILE,
-            {"step": snap.step, "facts": snap.facts, "values": snap.values, "rest": snap.rest.skeleton},
-        )
+        save_tensors(folder / MODEL_FILE, snap.model)
+        save_tensors(folder / REST_FILE, snap.rest.tensors)
+        state = {"step": snap.step, "facts": snap.facts, "values": snap.values, "rest": snap.rest.skeleton}
+        (folder / STATE_FILE).write_text(json.dumps(state))
 
     manifest = commit(directory, write, meta={"kind": "checkpoint", "step": snap.step})
     return sum(entry.size_bytes for entry in manifest.files.values())
@@ -107,12 +106,10 @@ def read_checkpoint(directory: Path) -> Loaded:
     Raises:
         CorruptError: its files do not fit together.
     """
-    from safetensors.torch import load_file
-
     try:
         state = read_json(directory / STATE_FILE)
-        rest = unflatten(state["rest"], load_file(directory / REST_FILE))
-        model = load_file(directory / MODEL_FILE)
+        rest = unflatten(state["rest"], dict(load_tensors(directory / REST_FILE)))
+        model = dict(load_tensors(directory / MODEL_FILE))
         return Loaded(
             directory,
             state["step"],

@@ -21,6 +21,7 @@ from shoal.errors import (
     RecipeError,
     ShoalError,
 )
+from shoal.models import load_tensors
 from shoal.recipe import Datasets, recipe_ref
 from shoal.storage import FileLock, create_json, read_json, verify
 from shoal.tracking import RunRecord
@@ -102,6 +103,7 @@ def _train(spec: RunSpec, group: Group, record: RunRecord, on_eval: EvalListener
     source = keeper.restore(session)
     pids = group.gather(os.getpid())
     if group.is_first:
+        _warn_of_changed_code(record, spec)
         record.append(
             "start",
             workers=group.size,
@@ -110,6 +112,7 @@ def _train(spec: RunSpec, group: Group, record: RunRecord, on_eval: EvalListener
             step=session.steps_done,
             target_steps=spec.target_steps,
             source=source,
+            revision=spec.revision,
         )
     try:
         spec.recipe.train(session)
@@ -332,12 +335,19 @@ def _check_data(record: RunRecord, data: Datasets) -> None:
         )
 
 
-def _load_weights(session: Session, package: Path) -> None:
-    from safetensors.torch import load_file
+def _warn_of_changed_code(record: RunRecord, spec: RunSpec) -> None:
+    last = record.events(("start",))[-1:]
+    was = last[0].get("revision", "") if last else ""
+    if was and spec.revision and was != spec.revision:
+        record.append(
+            "warning", message=f"the code changed since the last attempt: {was}, now {spec.revision}"
+        )
 
+
+def _load_weights(session: Session, package: Path) -> None:
     verify(package)
     try:
-        session.model.load_state_dict(load_file(package / "model.safetensors"))
+        session.model.load_state_dict(load_tensors(package / "model.safetensors"))
     except RuntimeError as err:
         raise RecipeError(
             f"init_from: the weights in {package} do not fit this recipe's model: {err}"

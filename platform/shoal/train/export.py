@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.errors import NotFoundError
 from shoal.models import Lineage, load_tensors, write_package
+from shoal.models.lineage import check_reference
 from shoal.recipe import from_fields, load_recipe
 from shoal.storage import read_json, verify
 from shoal.train.checkpoints import MODEL_FILE, STATE_FILE
+from shoal.train.revision import code_revision
 from shoal.train.run import Run
 
 if TYPE_CHECKING:
     from torch import nn
-
-_GIT_TIMEOUT_S = 5.0
 
 
 def write_run_package(run: Run, directory: Path, *, model: str, version: int, project: Path) -> None:
@@ -37,6 +36,7 @@ def write_run_package(run: Run, directory: Path, *, model: str, version: int, pr
 
 def _rebuild(run: Run, checkpoint: Path, project: Path) -> tuple[nn.Module, Lineage]:
     identity = _identity(run)
+    check_reference(identity["recipe"])
     state = read_json(checkpoint / STATE_FILE)
     lineage = Lineage(
         recipe=identity["recipe"],
@@ -49,38 +49,9 @@ def _rebuild(run: Run, checkpoint: Path, project: Path) -> tuple[nn.Module, Line
         metrics=state["values"],
         created=time.time(),
     )
-    if identity["recipe"].startswith("__main__:"):
-        # write_package refuses it and says what to do; a class nobody can import cannot be rebuilt here either
-        from torch import nn
-
-        return nn.Identity(), lineage
     net = from_fields(load_recipe(identity["recipe"]), identity["fields"]).build_model()
     net.load_state_dict(load_tensors(checkpoint / MODEL_FILE))
     return net, lineage
-
-
-def code_revision(project: Path) -> str:
-    """The project's git revision, with ``+dirty`` for uncommitted changes; empty where there is no git."""
-    try:
-        said = subprocess.run(
-            [
-                "git",
-                "-C",
-                str(project),
-                "describe",
-                "--always",
-                "--dirty=+dirty",
-                "--abbrev=12",
-                "--exclude=*",
-            ],
-            capture_output=True,
-            text=True,
-            timeout=_GIT_TIMEOUT_S,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return said.stdout.strip() if said.returncode == 0 else ""
 
 
 def _identity(run: Run) -> dict[str, Any]:

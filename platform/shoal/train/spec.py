@@ -34,6 +34,8 @@ class RunSpec:
     """Folder of a model version whose weights a fresh run starts from."""
     init_from_name: str | None = None
     """That version as the user knows it, such as ``digits@1``."""
+    revision: str = ""
+    """The project's code revision; recorded, and a change of it is warned of. Empty where it is not known."""
     threads: int | None = None
     """torch's threads per worker; None leaves them as they are."""
 

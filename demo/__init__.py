@@ -1,0 +1,1 @@
+"""The whole story on real handwritten digits, in one command: ``make demo``."""
