@@ -1,0 +1,73 @@
+"""What the training benchmark trains: the digits MLP, and a transformer of 10 million parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import shoal
+from jobs.digits import Digits
+
+CONTEXT = 64
+VOCABULARY = 256
+
+
+class Transformer(shoal.Recipe):
+    """A decoder over bytes: 6 layers, width 368, 10M parameters; its data is this library's own source."""
+
+    batch_size: int = 8
+    eval_every: int = 1_000_000
+    lr: float = 3e-4
+
+    def build_data(self) -> shoal.Datasets:
+        from pathlib import Path
+
+        import torch
+        from torch.utils.data import TensorDataset
+
+        folder = Path(shoal.__file__).parent
+        text = b"".join(path.read_bytes() for path in sorted(folder.rglob("*.py")))[: 4000 * CONTEXT + 1]
+        ids = torch.tensor(list(text))
+        x, y = ids[:-1].view(-1, CONTEXT), ids[1:].view(-1, CONTEXT)
+        return shoal.Datasets(train=TensorDataset(x, y), val=TensorDataset(x[:8], y[:8]))
+
+    def build_model(self) -> Any:
+        from torch import nn
+
+        class Decoder(nn.Module):
+            def __init__(self, width: int = 368, num_layers: int = 6) -> None:
+                super().__init__()
+                self.embed = nn.Embedding(VOCABULARY, width)
+                self.place = nn.Embedding(CONTEXT, width)
+                layer = nn.TransformerEncoderLayer(
+                    width, 8, 4 * width, dropout=0.0, batch_first=True, norm_first=True
+                )
+                self.layers = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
+                self.head = nn.Linear(width, VOCABULARY)
+
+            def forward(self, x: Any) -> Any:
+                import torch
+
+                mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+                h = self.embed(x) + self.place(torch.arange(x.shape[1]))
+                return self.head(self.layers(h, mask=mask, is_causal=True))
+
+        return Decoder()
+
+    def loss(self, model: Any, batch: Any) -> Any:
+        from torch.nn.functional import cross_entropy
+
+        x, y = batch
+        return cross_entropy(model(x).flatten(0, 1), y.flatten())
+
+
+class BenchDigits(Digits):
+    """The digits MLP, without looks at the validation data in between."""
+
+    eval_every: int = 1_000_000
+
+
+CASES: dict[str, tuple[type[shoal.Recipe], int, int]] = {
+    "digits MLP": (BenchDigits, 300, 2000),
+    "transformer 10M": (Transformer, 5, 30),
+}
+"""Name -> (recipe, warm-up steps, counted steps)."""
