@@ -107,7 +107,7 @@ def _shoal_and_tuned(project: Path) -> Iterator[list[Peer]]:
     from shoal.cluster import down, up
     from shoal.cluster.attach import attach
     from shoal.config import load
-    from shoal.serve import deploy, start
+    from shoal.serve import deploy
     from shoal.serve.rest import read_serve, write_serve
     from shoal.tracking.actor import open_registry
 
@@ -115,7 +115,6 @@ def _shoal_and_tuned(project: Path) -> Iterator[list[Peer]]:
     info = up(load(project / "cluster.yaml"), project=project)
     try:
         attach(info)
-        start(info)
         resolved = open_registry(info).register("digits", write_package_at)
         app = deploy(info, "serve_apps.digits:app", model="digits@1")
         config = read_serve(info)["applications"]["digits"]["deployed_app_config"]

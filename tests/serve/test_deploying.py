@@ -110,10 +110,9 @@ def served(cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[A
     """Two versions of the digits model, and the first of them served."""
     from test_endpoint import write_version_to
 
-    from shoal.serve import deploy, start
+    from shoal.serve import deploy
     from shoal.tracking.actor import open_registry
 
-    start(cluster)
     registry = open_registry(cluster)
     first = registry.register(
         "served", lambda path, version: write_version_to(path, "served", version, always=3)

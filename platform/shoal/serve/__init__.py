@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from shoal.serve.core.picture import to_grey as to_grey
     from shoal.serve.deploying import apps as apps
     from shoal.serve.deploying import delete as delete
-    from shoal.serve.deploying import start as start
     from shoal.serve.endpoint import Endpoint as Endpoint
     from shoal.serve.handle import App as App
     from shoal.serve.handle import AppStatus as AppStatus
@@ -32,7 +31,6 @@ _HOME = {
     "delete": "shoal.serve.deploying",
     "deploy": "shoal.serve.deploying",
     "read_pixels": "shoal.serve.core.picture",
-    "start": "shoal.serve.deploying",
     "to_grey": "shoal.serve.core.picture",
 }
 

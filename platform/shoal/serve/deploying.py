@@ -37,21 +37,6 @@ AppConfig = dict[str, Any]
 """One app as Ray's `ServeApplicationSchema` has it."""
 
 
-def start(info: ClusterInfo) -> None:
-    """Start Serve and its HAProxy on the address that the cluster's file says; harmless when they run.
-
-    Call it before anyone can use ``serve deploy``: the first deploy decides where HAProxy listens, and one
-    that does not say gets port 8000 on *all* interfaces.
-
-    Raises:
-        AccessError: beyond loopback without keys.
-        ClusterError: Serve does not start, or listens elsewhere already.
-    """
-    with _changing(info) as running:
-        _send(info, running)
-    _check_address(info)
-
-
 def deploy(
     info: ClusterInfo,
     import_path: str,
@@ -87,7 +72,6 @@ def deploy(
         before = running.get(name)
         running[name] = app_config(name, import_path, user_config, running.values(), before=before)
         _send(info, running)
-        _check_address(info)
         prefix = running[name]["route_prefix"]
         app = App(name=name, url=info.serve_url + prefix.rstrip("/"), model=package.name, info=info)
         try:
@@ -180,17 +164,6 @@ def _send(info: ClusterInfo, running: Mapping[str, AppConfig]) -> None:
     settings = serve_settings(info)
     http_options = {"host": settings.host, "port": info.serve_port}
     write_serve(info, {"http_options": http_options, "applications": list(running.values())})
-
-
-def _check_address(info: ClusterInfo) -> None:
-    wanted = (serve_settings(info).host, info.serve_port)
-    options = read_serve(info).get("http_options") or {}
-    found = (options.get("host"), options.get("port"))
-    if found != wanted:
-        raise ClusterError(
-            f"Serve listens on {found[0]}:{found[1]}, not on {wanted[0]}:{wanted[1]} as cluster.yaml says, "
-            "and cannot move while it runs. Run: shoal down && shoal up"
-        )
 
 
 def _wait_running(info: ClusterInfo, name: str, *, deadline_s: float) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from shoal.cluster import ClusterInfo
 
 _PATH = "/api/serve/applications/"
-_TIMEOUT_S = 60.0
+_TIMEOUT_S = 120.0
 """Serve's first start takes some seconds, on a busy machine many."""
 MAX_ANSWER_BYTES = 16 * 2**20
 
