@@ -94,7 +94,7 @@ def test_free_halves_on_two_nodes_are_not_one_worker() -> None:
 
 
 def test_sums_of_decimal_fractions_count_as_ray_counts_them() -> None:
-    assert grant(one_node(total=0.3, free=0.1 + 0.2), Range(1, 3), {"CPU": 0.1}) == 3
+    assert grant(one_node(total=1, free=1 - 0.9), Range(1, 3), {"CPU": 0.1}) == 1
 
 
 def test_a_worker_that_needs_nothing_always_fits() -> None:
