@@ -46,7 +46,7 @@ def run_stock(folder: Path, out: Path) -> None:
         first_step,
         train_loop_config={"out": str(out)},
         scaling_config=ScalingConfig(num_workers=WORKERS),
-        run_config=RunConfig(name=out.name, storage_path=str(folder)),
+        run_config=RunConfig(name=out.stem, storage_path=str(folder)),
     ).fit()
 
 
@@ -56,7 +56,7 @@ def run_shoal(folder: Path, out: Path) -> None:
     run_workers(
         first_step,
         {"out": str(out)},
-        name=out.name,
+        name=out.stem,
         num_workers=WORKERS,
         resources_per_worker={"CPU": 1},
         max_failures=0,
@@ -67,7 +67,7 @@ def run_shoal(folder: Path, out: Path) -> None:
 def timed(run: Callable[[Path, Path], None], folder: Path, label: str) -> float:
     """Seconds from submit to the end of the first all-reduce, on a machine that was idle before."""
     wait_until_idle()
-    out = folder / label
+    out = folder / f"{label}.json"  # stock makes a folder of the name alone
     start = time.time()
     run(folder, out)
     return float(json.loads(out.read_text())) - start

@@ -7,6 +7,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from shoal.capacity import Holder, NodeFree, Snapshot, ceiling, grant
 from shoal.config import Range
 from shoal.errors import RequestError

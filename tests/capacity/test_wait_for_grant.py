@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+
 from shoal.capacity import Holder, NodeFree, Snapshot, wait_for_grant
 from shoal.config import Range
 from shoal.errors import DeadlineExceeded, RequestError
