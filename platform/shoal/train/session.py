@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from shoal.errors import RecipeError
 from shoal.recipe import Datasets, Recipe
 from shoal.train.group import Group
+from shoal.train.loader import batch_length, evaluation_loader, to_device, training_loader
 from shoal.train.order import DataOrder
 from shoal.train.reduce import GradientBuckets
 from shoal.train.seeds import derive_seed, seed_everything
@@ -91,6 +92,7 @@ class Session:
         self.model: nn.Module = recipe.build_model().to(group.device)
         self.optimizer = recipe.build_optimizer(self.model)
         self.scheduler = recipe.build_scheduler(self.optimizer)
+        self._buffers = _by_dtype(self.model.buffers()) if group.size > 1 else []
         self._share_initial_weights()
         self.seed_for_workers(0)
         self._gradients = _gradients_for(self.model, group)
@@ -212,13 +214,7 @@ class Session:
         num_samples = len(dataset)  # type: ignore[arg-type]
         begin = num_samples * self.group.rank // self.group.size
         end = num_samples * (self.group.rank + 1) // self.group.size
-        share = torch.utils.data.Subset(dataset, range(begin, end))
-        loader = DataLoader(
-            share,
-            batch_size=self.recipe.batch_size,
-            collate_fn=self.data.collate or default_collate,
-            generator=torch.Generator(),  # without one of its own, a loader draws from the training's
-        )
+        loader = evaluation_loader(self.data, dataset, range(begin, end), self.recipe.batch_size)
         try:
             with torch.no_grad(), self.autocast():
                 for batch in loader:
@@ -241,17 +237,14 @@ class Session:
         self._gradients.close()
 
     def _loader(self) -> DataLoader[Any]:
-        steps = _StepBatches(self._order, self.steps_done, self.target_steps, self.group)
         share = len(self._order.positions(0, self.group.rank, self.group.size))
         self._loss_weight = share / self.recipe.batch_size
-        in_processes = self.data.loader_workers > 0
-        return DataLoader(
-            _Positioned(self.data.train, derive_seed(self._seed, "sample") if in_processes else None),
-            batch_sampler=steps,
-            collate_fn=self.data.collate or default_collate,
-            num_workers=self.data.loader_workers,
-            pin_memory=self.group.device.type == "cuda",
-            generator=torch.Generator(),
+        return training_loader(
+            self.data,
+            self._order,
+            range(self.steps_done, self.target_steps),
+            self.group,
+            sample_seed=derive_seed(self._seed, "sample"),
         )
 
     def _share_initial_weights(self) -> None:
@@ -260,9 +253,11 @@ class Session:
 
     def _sync_buffers(self) -> None:
         """Start every step from rank 0's buffers (such as BatchNorm's running means), as DDP does."""
-        if self.group.size > 1:
-            for buffer in self.model.buffers():
-                self.group.broadcast(buffer)
+        for same_kind in self._buffers:
+            flat = torch.cat([buffer.reshape(-1) for buffer in same_kind])
+            self.group.broadcast(flat)
+            for buffer, value in zip(same_kind, torch.split(flat, [b.numel() for b in same_kind]), strict=True):
+                buffer.copy_(value.view_as(buffer))
 
 
 class _LocalGradients:
@@ -290,59 +285,11 @@ def _gradients_for(model: nn.Module, group: Group) -> GradientBuckets | _LocalGr
     return GradientBuckets(model.parameters(), group) if group.size > 1 else _LocalGradients(model)
 
 
-class _StepBatches:
-    """A batch sampler: rank's (position, sample id) pairs, step by step."""
-
-    def __init__(self, order: DataOrder, first_step: int, last_step: int, group: Group) -> None:
-        self._order, self._first, self._last, self._group = order, first_step, last_step, group
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return self._order.batches(self._first, self._last, self._group.rank, self._group.size)
-
-    def __len__(self) -> int:
-        return max(0, self._last - self._first)
-
-
-class _Positioned(Dataset[Any]):
-    """The training data by (position, sample id).
-
-    In loader processes random augmentation is seeded by position, so a resumed run draws the same again;
-    in the training process (``seed=None``) it draws from the worker's own generators, which checkpoints hold.
-    """
-
-    def __init__(self, dataset: Dataset[Any], seed: int | None) -> None:
-        self._dataset, self._seed = dataset, seed
-
-    def __getitem__(self, key: tuple[int, int]) -> Any:
-        position, sample = key
-        if self._seed is not None:
-            seed_everything(derive_seed(self._seed, position))
-        return self._dataset[sample]
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Move every tensor in a nest of dicts, lists and tuples to a device."""
-    if device.type == "cpu":
-        return batch
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(to_device(value, device) for value in batch)
-    return batch
-
-
-def batch_length(batch: Any) -> int:
-    """How many samples a batch holds: the first dimension of its first tensor."""
-    if isinstance(batch, torch.Tensor):
-        return batch.shape[0] if batch.ndim else 1
-    items = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
-    for item in items:
-        return batch_length(item)
-    raise RecipeError(f"cannot tell how many samples a batch of type {type(batch).__name__} holds")
+def _by_dtype(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+    groups: dict[torch.dtype, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.dtype, []).append(tensor)
+    return list(groups.values())
 
 
 def _merge_means(parts: list[tuple[dict[str, float], int]]) -> dict[str, float]:

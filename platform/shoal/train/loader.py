@@ -1,0 +1,97 @@
+"""From samples to batches on the device, so that a resumed run sees exactly what the first would have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+
+from shoal.errors import RecipeError
+from shoal.recipe import Datasets
+from shoal.train.group import Group
+from shoal.train.order import DataOrder
+from shoal.train.seeds import derive_seed, seed_everything
+
+
+def training_loader(
+    data: Datasets, order: DataOrder, steps: range, group: Group, *, sample_seed: int
+) -> DataLoader[Any]:
+    """This rank's share of the batch of each of ``steps``, in order, on the CPU."""
+    in_processes = data.loader_workers > 0
+    return DataLoader(
+        _Positioned(data.train, sample_seed if in_processes else None),
+        batch_sampler=_StepBatches(order, steps, group),
+        collate_fn=data.collate or default_collate,
+        num_workers=data.loader_workers,
+        pin_memory=group.device.type == "cuda",
+        generator=torch.Generator(),  # without one of its own, a loader draws from the training's
+    )
+
+
+def evaluation_loader(
+    data: Datasets, dataset: Dataset[Any], share: range, batch_size: int
+) -> DataLoader[Any]:
+    """The samples ``share`` of a dataset in batches, in their order."""
+    return DataLoader(
+        Subset(dataset, share),
+        batch_size=batch_size,
+        collate_fn=data.collate or default_collate,
+        generator=torch.Generator(),
+    )
+
+
+class _StepBatches:
+    """A batch sampler: rank's (position, sample id) pairs, step by step."""
+
+    def __init__(self, order: DataOrder, steps: range, group: Group) -> None:
+        self._order, self._steps, self._group = order, steps, group
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self._order.batches(self._steps.start, self._steps.stop, self._group.rank, self._group.size)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+
+class _Positioned(Dataset[Any]):
+    """The training data by (position, sample id).
+
+    In loader processes random augmentation is seeded by position, so a resumed run draws the same again;
+    in the training process (``seed=None``) it draws from the worker's own generators, which checkpoints hold.
+    """
+
+    def __init__(self, dataset: Dataset[Any], seed: int | None) -> None:
+        self._dataset, self._seed = dataset, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        position, sample = key
+        if self._seed is not None:
+            seed_everything(derive_seed(self._seed, position))
+        return self._dataset[sample]
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move every tensor in a nest of dicts, lists and tuples to a device."""
+    if device.type == "cpu":
+        return batch
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def batch_length(batch: Any) -> int:
+    """How many samples a batch holds: the first dimension of its first tensor."""
+    if isinstance(batch, torch.Tensor):
+        return batch.shape[0] if batch.ndim else 1
+    items = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    for item in items:
+        return batch_length(item)
+    raise RecipeError(f"cannot tell how many samples a batch of type {type(batch).__name__} holds")
