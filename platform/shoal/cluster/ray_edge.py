@@ -14,6 +14,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from shoal.cluster.warm import WARM_ENVIRONMENT
+
 RAY_VERSION = "2.60.0"
 """The only Ray this code was run on; ``pyproject.toml`` pins the same."""
 PYTHON_VERSION = (3, 11)
@@ -49,6 +51,7 @@ NUM_REPLICA_GRPC_PORTS = 32
 
 HEAD_PROCESSES = {"gcs_server": "gcs", "raylet": "raylet"}
 """Process name of what makes a head node: role. Without either there is no cluster."""
+PRELOAD = "RAY_preload_python_modules"
 CONNECT_TIMEOUT_VARIABLE = "RAY_gcs_server_port_wait_time_s"
 """Seconds that ``ray.init`` waits for a GCS."""
 SERVE_HOST = "SHOAL_SERVE_HOST"
@@ -120,6 +123,10 @@ def serve_environment(ports: Mapping[str, int], run_dir: Path, num_threads: int)
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_LOG_TO_STDERR": "0",
+        # Ray's 5 s are too short for a busy machine: the first deploy then fails while the proxy imports.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
+        # A replica that stops waits this long for load balancers to notice; HAProxy here is told at once (Ray: 30).
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
         # Throughput mode holds back 1000 lines: what an app printed before it was killed would be lost.
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": _AUTOSCALING_PUSH_S,
@@ -154,8 +161,11 @@ def cluster_environment(ports: Mapping[str, int], run_dir: Path, serve_host: str
         # Fixed numbers unless set: a second cluster would fail to bind them.
         "DASHBOARD_METRIC_PORT": str(ports["dashboard_metrics"]),
         "AUTOSCALER_METRIC_PORT": str(ports["autoscaler_metrics"]),
-        # Waiting worker processes import these first: an actor is then ready in 0.2-0.5 s, not 4 s (14b).
-        "RAY_preload_python_modules": "shoal.cluster.serve_guard,torch,ray.train.torch",
+        # Ray Train replaces print() by one that also logs: in a run's log every line would be there twice.
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        **WARM_ENVIRONMENT,
+        # Every worker process imports these first; the guard before anything that could listen.
+        PRELOAD: f"shoal.cluster.serve_guard,{WARM_ENVIRONMENT[PRELOAD]}",
         # `ray job stop` sends SIGTERM and kills after 3 s; a run needs longer to commit a checkpoint.
         "RAY_JOB_STOP_WAIT_TIME_S": "30",
     }

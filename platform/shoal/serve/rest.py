@@ -22,6 +22,14 @@ MAX_ANSWER_BYTES = 16 * 2**20
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
+_NUM_TRIES = 3
+"""Serve's first start fails when the machine is so busy that its proxy is not ready in time; the next succeeds."""
+
+
+class _ServeFailed(ClusterError):
+    """Serve failed while it handled the request, which may be sent again."""
+
+
 def read_serve(info: ClusterInfo) -> dict[str, Any]:
     """What Serve runs: Ray's `ServeInstanceDetails` as a mapping; only ``applications`` before Serve starts.
 
@@ -42,7 +50,14 @@ def write_serve(info: ClusterInfo, config: Mapping[str, Any]) -> None:
         ClusterError: it was not accepted, or the dashboard does not answer.
         AccessError: the cluster's token is not accepted.
     """
-    _call(info, "PUT", json.dumps(config).encode())
+    body = json.dumps(config).encode()
+    for tries_left in range(_NUM_TRIES - 1, -1, -1):
+        try:
+            _call(info, "PUT", body)
+            return
+        except _ServeFailed:
+            if not tries_left:
+                raise
 
 
 def _call(info: ClusterInfo, method: str, body: bytes | None) -> bytes:
@@ -67,9 +82,8 @@ def _call(info: ClusterInfo, method: str, body: bytes | None) -> bytes:
         text = error.read(4000).decode(errors="replace").strip()
         if error.code in (401, 403):
             raise AccessError(f"cluster {info.name!r} does not accept its own token: {text}") from None
-        raise ClusterError(
-            f"Serve on cluster {info.name!r} refused the request ({error.code}): {text}"
-        ) from None
+        kind = _ServeFailed if error.code >= 500 else ClusterError
+        raise kind(f"Serve on cluster {info.name!r} refused the request ({error.code}): {text}") from None
     except OSError as error:
         raise ClusterError(
             f"the dashboard of cluster {info.name!r} at {info.dashboard_url} does not answer ({error}). "
