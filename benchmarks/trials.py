@@ -152,7 +152,7 @@ def measure(pairs: int) -> dict[str, Any]:
     ratios = [ours / theirs for ours, theirs in zip(times["shoal"], times["raw"], strict=True)]
     ratio, low, high = interval(ratios)
     return {
-        "name": f"a trial that imports torch and reports once ({NUM_TRIALS}, {CONCURRENT} at a time), shoal / raw Tune",
+        "name": f"a trial that imports torch and reports once ({CONCURRENT} at a time), shoal / raw Ray Tune",
         "ratio": ratio,
         "interval": [low, high],
         "goal": f"<= {GOAL}",

@@ -211,6 +211,37 @@ def test_stopping_commits_and_the_same_call_goes_on(cluster: ClusterInfo) -> Non
 
 @pytest.mark.cluster
 @pytest.mark.usefixtures("by_value")
+def test_a_full_cluster_delays_a_sweep_and_it_can_still_be_stopped(cluster: ClusterInfo) -> None:
+    def start(name: str) -> Sweep:
+        space = {"width": choice([1, 2])}
+        return start_sweep(
+            cluster,
+            Line(),
+            space,
+            trials=9,
+            concurrent=9,
+            name=name,
+            scheduler="none",
+            steps=1_000_000,
+            cpus_per_trial=cluster.num_cpus,
+        )
+
+    first = start("fills")
+    assert "2 trials instead of 9" in first.note
+    assert "1 trials at a time instead of 9" in first.note
+    wait_until(lambda: any(trial.step > 0 for trial in first.trials), "the cluster to be full")
+    second = start("waits")
+    wait_until(lambda: len(second.trials) > 0, "the second sweep to ask for room")
+    assert second.trials[0].state is TrialState.WAITING
+    second.stop()
+    second.wait(progress=False, timeout_s=60)
+    assert {trial.state for trial in second.trials} == {TrialState.STOPPED}
+    first.stop()
+    first.wait(progress=False, timeout_s=60)
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("by_value")
 def test_a_recipe_that_fails_is_an_error(cluster: ClusterInfo) -> None:
     sweep = start_sweep(cluster, Line(kind="broken"), SPACE, trials=9, concurrent=2, name="fails")
     with pytest.raises(RecipeError, match=r"trials failed.*\n?.*this model cannot be built"):

@@ -27,6 +27,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
+from shoal.cluster.warm import add_warm_processes
 from shoal.errors import ClusterError
 from shoal.recipe import Objective
 from shoal.tracking import RunRecord
@@ -211,6 +212,8 @@ def run_trials(
         ) from err
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        # Actors took their processes with them. Not before the sweep: starting some takes CPU from its trials.
+        add_warm_processes(concurrent)
 
 
 def make_scheduler(

@@ -21,7 +21,7 @@ from shoal.recipe import Objective, Recipe
 from shoal.storage import Storage
 from shoal.tune.record import MAX_TRIALS, SweepRecord, Trial, TrialState, sweep_name_of
 from shoal.tune.show import reporter, sweep_frame, sweep_html
-from shoal.tune.space import Space, check_space, describe_space
+from shoal.tune.space import Space, check_space, describe_space, num_combinations
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -256,6 +256,7 @@ def start_sweep(
     space = check_space(recipe, space)
     storage = Storage(info.storage)
     storage.check()
+    possible = int(min(trials, num_combinations(space)))
     template = _template(recipe, storage, steps, seed, precision, checkpoint_every_s, int(cpus_per_trial))
     identity = _identity(template, space)
     record = SweepRecord(storage, name or sweep_name_of(identity))
@@ -265,13 +266,13 @@ def start_sweep(
     _take_lock(record)
     try:
         record.clear_stop()
-        plan, ledger = _prepare(record, template, space, trials, seed)
+        plan, ledger = _prepare(record, template, space, possible, seed)
         run = _runner(ledger, plan, scheduler, resources, concurrent=min(fit, concurrent), retries=retries)
         driver = _Driver(ledger, run if ledger.num_left else lambda: None, record.lock.release)
     except BaseException:
         record.lock.release()
         raise
-    return Sweep(record, driver=driver, note=_note(ledger, is_new, fit, concurrent))
+    return Sweep(record, driver=driver, note=_note(ledger, trials, is_new, fit, concurrent))
 
 
 def _check_numbers(*, trials: int, concurrent: int, steps: int | None, workers: int, scheduler: str) -> None:
@@ -378,9 +379,6 @@ def _runner(
     retries: int,
 ) -> Callable[[], None]:
     def run() -> None:
-        from shoal.cluster.warm import add_warm_processes
-
-        add_warm_processes(concurrent)  # they import torch while this process imports Tune
         from shoal.tune import ray_edge
 
         recipe = plan.template.recipe
@@ -403,11 +401,13 @@ def _runner(
     return run
 
 
-def _note(ledger: Trials, is_new: bool, fit: int, concurrent: int) -> str:
+def _note(ledger: Trials, trials: int, is_new: bool, fit: int, concurrent: int) -> str:
     notes = []
     if not is_new:
         done = sum(trial.state.is_final for trial in ledger.snapshot())
         notes.append(f"goes on with a sweep that has {done} of {ledger.num_trials} trials done")
+    if ledger.num_trials < trials:
+        notes.append(f"{ledger.num_trials} trials instead of {trials}: the space has no more combinations")
     if fit < concurrent:
         notes.append(f"{fit} trials at a time instead of {concurrent}: more do not fit on the cluster")
     return "; ".join(notes)
