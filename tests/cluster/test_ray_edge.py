@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from shoal.cluster import haproxy_launch, ports, ray_edge, serve_guard
+from shoal.cluster.warm import WARM_ENVIRONMENT
 
 RUN_DIR = Path("/tmp/shoal-0/01234567")
 PORTS = ports.plan(20_000, serve_port=0)
@@ -58,7 +59,7 @@ def test_ray_reads_the_other_settings(name: str, path: str) -> None:
     assert f'"{name}"' in source(path)
 
 
-@pytest.mark.parametrize("name", ["RAY_preload_python_modules", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"])
+@pytest.mark.parametrize("name", [*WARM_ENVIRONMENT, "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"])
 def test_rays_binaries_read_the_settings_that_no_python_reads(name: str) -> None:
     assert name.removeprefix("RAY_").encode() in (SITE / "core/src/ray/raylet/raylet").read_bytes()
 
