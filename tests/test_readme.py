@@ -1,0 +1,98 @@
+"""What the README tells people to type works as written, in the order it is written."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from projects import ROOT, write_project
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.M | re.S)
+MINUTES = 8
+
+
+def run_script(script: str, project: Path, *, interpreter: str) -> str:
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": f"{project}:{ROOT / 'platform'}",
+    }
+    file = project / f"readme.{interpreter}"
+    file.write_text(script)
+    command = (
+        ["bash", "-euo", "pipefail", str(file)] if interpreter == "bash" else [sys.executable, str(file)]
+    )
+    done = subprocess.run(
+        command,
+        cwd=project,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=MINUTES * 60,
+        check=False,
+    )
+    assert done.returncode == 0, f"{script}\n--- printed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def test_the_make_targets_that_the_readme_names_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make ([a-z-]+)", README):
+        assert re.search(rf"^{target}:", makefile, flags=re.M), target
+
+
+def test_the_paths_that_the_documents_name_exist() -> None:
+    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_the_recipe_in_the_readme_trains(tmp_path: Path) -> None:
+    (recipe,) = [body for language, body in BLOCKS if language == "python" and "class Tiny" in body]
+    assert "accuracy" in run_script(recipe, tmp_path, interpreter="py")
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.timeout(MINUTES * 60 + 60)
+def test_the_five_minutes_work_as_written(tmp_path: Path) -> None:
+    tour = [
+        (language, body)
+        for language, body in BLOCKS
+        if ("shoal" in body and "make demo" not in body and "class Tiny" not in body)
+    ]
+    assert [language for language, _ in tour] == ["bash", "python", "bash"]
+    project = write_project(tmp_path / "project")
+    (project / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "seven.png", project / "docs")
+    shutil.rmtree(project / "jobs", ignore_errors=True)
+    for part in ("jobs", "serve_apps"):  # `ray job submit` uploads files, not links
+        (project / part).unlink(missing_ok=True)
+        shutil.copytree(ROOT / part, project / part)
+    (project / "platform").symlink_to(ROOT / "platform")
+    try:
+        for language, body in tour:
+            script = body.replace("source .venv/bin/activate", "")
+            if language == "bash" and "127.0.0.1:8000" in script:
+                url = 'print(__import__("json").load(open(".shoal/cluster.json"))["serve_url"])'
+                asked = f"$({shlex.quote(sys.executable)} -c {shlex.quote(url)})"
+                script = script.replace("http://127.0.0.1:8000", asked)
+            printed = run_script(script, project, interpreter="bash" if language == "bash" else "py")
+            if "curl" in script:
+                assert '"class"' in printed
+    finally:
+        subprocess.run(
+            [sys.executable, "-m", "shoal.cli", "down"],
+            cwd=project,
+            env={**os.environ, "PYTHONPATH": str(ROOT / "platform")},
+            timeout=90,
+            check=False,
+        )
