@@ -14,16 +14,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import shoal
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from shoal.cluster import down, find, up
-from shoal.config import load
-from shoal.recipe import replace
 
+import shoal
 from demo.load import ask_under_load
 from jobs.digits import Digits
+from shoal.api import bring_up
+from shoal.cluster import down, find
+from shoal.config import load
+from shoal.recipe import replace
 
 PROJECT = Path(__file__).resolve().parent.parent
 STEPS = 3000
@@ -83,7 +84,7 @@ def running_cluster(story: Story) -> Iterator[shoal.Cluster]:
     ran_before = find(PROJECT) is not None
     story.chapter("A Ray cluster from cluster.yaml: loopback only, token on")
     try:
-        up(load(PROJECT), project=PROJECT, say=lambda text: story.console.print(f"         {text}"))
+        bring_up(load(PROJECT), PROJECT, say=lambda text: story.console.print(f"         {text}"))
         yield shoal.connect(PROJECT)
     finally:
         if not ran_before and not os.environ.get("KEEP"):
@@ -100,7 +101,9 @@ def tell(story: Story, cluster: shoal.Cluster) -> None:
     space = {"lr": shoal.loguniform(3e-4, 3e-2), "hidden": shoal.choice([64, 128, 256])}
     sweep = cluster.tune(Digits(), space, trials=8, concurrent=2, steps=400, name=f"demo-sweep-{tag}").wait()
     best = sweep.best
-    story.note("best of 8 trials", f"{best.run}: validation accuracy {best.value:.4f}", ok=best.value is not None)
+    story.note(
+        "best of 8 trials", f"{best.run}: validation accuracy {best.value:.4f}", ok=best.value is not None
+    )
 
     story.chapter("Train the best with 2 workers; one of them dies of kill -9 half way")
     run = train_and_kill(story, cluster, replace(Digits(), **best.fields), f"demo-{tag}")
@@ -131,9 +134,13 @@ def train_and_kill(story: Story, cluster: shoal.Cluster, recipe: Digits, name: s
     story.note("killed", f"rank 1 at step {killed_at:,} with kill -9", ok=len(starts) == 2)
     story.note("resumed from", f"step {resumed['step']:,}", ok=0 < resumed["step"] <= last)
     story.note("steps lost (computed twice)", f"at most {last - resumed['step'] + 1:,}")
-    story.note("recovery, kill to next step", f"{first_after['t'] - killed:.1f} s", ok=first_after["t"] > killed)
+    story.note(
+        "recovery, kill to next step", f"{first_after['t'] - killed:.1f} s", ok=first_after["t"] > killed
+    )
     test = run.record.last_eval("test") or {}
-    story.note("test accuracy of the run", f"{test.get('accuracy', 0):.4f}", ok=test.get("accuracy", 0) >= GOAL)
+    story.note(
+        "test accuracy of the run", f"{test.get('accuracy', 0):.4f}", ok=test.get("accuracy", 0) >= GOAL
+    )
     return run
 
 
@@ -144,7 +151,9 @@ def served_accuracy(story: Story, cluster: shoal.Cluster, app: shoal.App) -> Non
     right = sum(app.predict(path)["class"] == label for path, label in files)
     accuracy = right / len(files)
     story.note(
-        "accuracy of the served model", f"{accuracy:.4f} on {len(files)} unseen PNG files", ok=accuracy >= GOAL
+        "accuracy of the served model",
+        f"{accuracy:.4f} on {len(files)} unseen PNG files",
+        ok=accuracy >= GOAL,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 import shoal
 
 
@@ -15,9 +17,5 @@ def test_the_top_level_names_are_these() -> None:
 def test_every_name_loads_and_an_unknown_one_says_what_there_is() -> None:
     for name in shoal.__all__:
         assert getattr(shoal, name) is not None
-    try:
+    with pytest.raises(AttributeError, match="connect"):
         shoal.tuna  # noqa: B018
-    except AttributeError as err:
-        assert "connect" in str(err)
-    else:
-        raise AssertionError("shoal.tuna exists")

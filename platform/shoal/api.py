@@ -9,8 +9,9 @@ app = cluster.serve("serve_apps.digits:app", model="digits@champion")
 from __future__ import annotations
 
 import atexit
+import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from shoal import cluster as clusters
 from shoal.capacity import Resources
 from shoal.cluster.attach import attach as attach_driver
 from shoal.cluster.attach import detach
+from shoal.cluster.warm import add_warm_processes
 from shoal.config import ClusterConfig, Range, load
 from shoal.errors import ClusterError, ConfigError, NotFoundError, Problem, RequestError
 from shoal.recipe import Recipe
@@ -44,6 +46,12 @@ if TYPE_CHECKING:
     from shoal.serve import App
     from shoal.train.session import Precision
     from shoal.tune import Sweep, Trial
+
+
+logger = logging.getLogger(__name__)
+
+NUM_WARM = 4
+"""Worker processes that a new cluster starts ahead of need: a run's controller, two workers, one to spare."""
 
 
 def connect(project: Path | str | None = None) -> Cluster:
@@ -92,8 +100,23 @@ def _start(config: ClusterConfig, folder: Path) -> ClusterInfo:
             f"no cluster of {folder} is running, and connect() starts one only on target 'local' "
             f"(the file says {config.target!r}). Start it: shoal up"
         )
-    info = clusters.up(config, project=folder)
+    info = bring_up(config, folder, say=logger.info)
     atexit.register(_end, info)
+    return info
+
+
+def bring_up(config: ClusterConfig, project: Path, *, say: Callable[[str], None]) -> ClusterInfo:
+    """Start the cluster, with what the first run and the first model will want; or find it running. Blocks.
+
+    Raises:
+        ClusterError, RequestError: as `shoal.cluster.up`.
+    """
+    running = clusters.find(project)
+    info = clusters.up(config, project=project, say=say)
+    if running is None:
+        attach_driver(info)
+        ensure_tracker(info)
+        add_warm_processes(NUM_WARM)
     return info
 
 
@@ -411,7 +434,7 @@ def plan_run(
     config: ClusterConfig,
     storage: Storage,
     *,
-    project: Path,
+    project: Path | None = None,
     steps: int | None,
     name: str | None,
     seed: int,
@@ -449,7 +472,7 @@ def plan_run(
         keep=config.train.keep if keep is None else keep,
         init_from=init_from.path if init_from is not None else None,
         init_from_name=init_name,
-        revision=code_revision(project),
+        revision=code_revision(project) if project is not None else "",
         threads=1,
     )
 

@@ -28,13 +28,13 @@ def up(target: Target = None, set_: Set = None) -> None:
     """
     from shoal.cli.console import say, show_facts
     from shoal.cli.place import project_here
-    from shoal.cluster import up as start
+    from shoal.api import bring_up
     from shoal.config import load, notes
 
     config = load(target=target, overrides=set_ or [])
     for note in notes(config):
         say(f"note: {note}")
-    info = start(config, project=project_here(), say=say)
+    info = bring_up(config, project_here(), say=say)
     show_facts(
         {
             "dashboard": info.dashboard_url,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +124,11 @@ class WorkersDriver:
             self._group = group
             if self._aborted:
                 return
-        group.run()
+        try:
+            group.run()
+        finally:
+            for left in _ray_folder(self._spec).glob(f"shoal-{self._spec.name}-*"):
+                shutil.rmtree(left, ignore_errors=True)
 
     def _record_failure(self, err: BaseException) -> None:
         last = self._record.events(("start", "end"))[-1:]
