@@ -224,9 +224,9 @@ def interval(ratios: list[float]) -> tuple[float, float, float]:
 def write_package_at(directory: Path, version: int) -> Any:
     """An untrained digits model: what it says does not matter here."""
     import torch
-    from shoal.models import Lineage, write_package
 
     from jobs.digits import Digits
+    from shoal.models import Lineage, write_package
 
     torch.manual_seed(0)
     lineage = Lineage(

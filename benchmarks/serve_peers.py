@@ -16,6 +16,7 @@ class HandWritten:
 
     def __init__(self, package: str) -> None:
         import torch
+
         from shoal.models import ModelPackage
 
         torch.set_num_threads(1)
