@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 MAX_WIDTH = 100
+_PIPE_WIDTH = 1000
 
 
 def console() -> Console:
-    """Standard output: the terminal's width up to 100 columns, 100 in a pipe."""
+    """Standard output: a terminal's width up to 100 columns; in a pipe as wide as it takes, for other programs."""
     from rich.console import Console
 
     found = Console(highlight=False)
-    return Console(highlight=False, width=min(found.width, MAX_WIDTH) if found.is_terminal else MAX_WIDTH)
+    return Console(highlight=False, width=min(found.width, MAX_WIDTH) if found.is_terminal else _PIPE_WIDTH)
 
 
 def say(text: str = "") -> None:
@@ -26,18 +27,16 @@ def say(text: str = "") -> None:
 
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, numbers: Iterable[str] = ()) -> None:
-    """A table; the first column is a name and never cut short, ``numbers`` are aligned to the right."""
+    """A table; ``numbers`` are aligned to the right and never folded."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for index, column in enumerate(columns):
-        table.add_column(
-            column,
-            justify="right" if column in set(numbers) else "left",
-            no_wrap=index == 0,
-            overflow="fold",
-        )
+    aligned = set(numbers)
+    for column in columns:
+        is_number = column in aligned
+        justify: Literal["right", "left"] = "right" if is_number else "left"
+        table.add_column(column, justify=justify, no_wrap=is_number, overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
     console().print(table)

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """How a run is to be trained; None is the cluster file's or the recipe's."""
+    """How a run is to be trained; None is the cluster file's or the recipe's.
+
+    Raises:
+        RequestError: text that is no range or duration, naming the option.
+    """
 
     workers: str | None = None
     steps: int | None = None
@@ -26,6 +30,19 @@ class TrainOptions:
     checkpoint_every: str | None = None
     keep: int | None = None
     init_from: str | None = None
+
+    def __post_init__(self) -> None:
+        from shoal.config import Duration, Range
+
+        for option, text, parse in (
+            ("--workers", self.workers, Range.parse),
+            ("--checkpoint-every", self.checkpoint_every, Duration.parse),
+        ):
+            try:
+                if text is not None:
+                    parse(text)
+            except (RequestError, ValueError) as err:
+                raise RequestError(f"{option} {text}: {err}") from None
 
     def as_words(self) -> list[str]:
         """As options of ``shoal train``."""

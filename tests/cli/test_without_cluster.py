@@ -1,0 +1,259 @@
+"""What works, and what is refused cheaply, when no cluster runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from command_line import Shoal
+from rich.text import Text
+
+from shoal.storage import Storage
+from shoal.tracking import RunRecord
+
+NO_CLUSTER = "error: no cluster of this project runs; start it: shoal up\n"
+
+
+def write_run(project: Path, name: str = "digits-1", *, ended: bool = True) -> RunRecord:
+    """A run's record as a run leaves it."""
+    record = RunRecord(Storage(project / ".shoal"), name)
+    objective = {"metric": "accuracy", "mode": "max"}
+    record.claim_identity(
+        {"recipe": "jobs.digits:Digits", "objective": objective, "fields": {"lr": 0.5}, "seed": 7}
+    )
+    record.append("start", workers=2, pids=[1, 2], host="here", step=0, target_steps=10, source="fresh")
+    record.append("eval", step=10, split="val", values={"loss": 0.5, "accuracy": 0.75})
+    if ended:
+        record.append("end", step=10, state="finished", error="", traceback="")
+    record.logs_dir.mkdir(parents=True)
+    (record.logs_dir / "rank-0.log").write_text("hello from rank 0\n")
+    return record
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "env",
+        "status",
+        "models",
+        "models digits",
+        "apps",
+        "delete digits",
+        "register digits run",
+        "alias digits champion 1",
+        "ui",
+        "serve serve_apps.digits:app --model digits@1",
+        "train jobs.digits",
+        "train jobs.digits --detach",
+        "tune jobs.digits lr=log:1e-4..1e-1",
+    ],
+)
+def test_what_needs_a_cluster_says_how_to_start_one(project: Path, shoal: Shoal, words: str) -> None:
+    outcome = shoal(*words.split())
+    assert (outcome.code, outcome.err) == (2, NO_CLUSTER)
+    assert not (project / ".shoal").exists()
+
+
+def test_without_a_cluster_yaml_it_says_so(
+    tmp_path: Path, project: Path, shoal: Shoal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words in ("check", "up", "down", "runs", "train jobs.digits", "doctor"):
+        outcome = shoal(*words.split())
+        assert outcome.code == 2, words
+        assert "cluster.yaml" in outcome.err
+
+
+def test_check_says_what_the_file_becomes(project: Path, shoal: Shoal) -> None:
+    outcome = shoal("check", "--set", "train.workers=2")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "4 CPUs, 0 GPUs on this machine" in outcome.out
+    assert outcome.out.endswith("no problems\n")
+
+
+def test_check_reports_every_problem_at_once(project: Path, shoal: Shoal) -> None:
+    outcome = shoal("check", "--set", "train.workers=4..1", "--set", "serve.prot=1", "--set", "tune.trials=x")
+    assert outcome.code == 2
+    for path in ("train.workers", "serve.prot", "tune.trials"):
+        assert path in outcome.err
+
+
+def test_check_writes_the_schema_where_the_example_names_it(project: Path, shoal: Shoal) -> None:
+    assert shoal("check", "--schema").code == 0
+    assert (
+        json.loads((project / ".shoal" / "cluster.schema.json").read_text())["title"] == "shoal cluster.yaml"
+    )
+
+
+def test_up_refuses_a_target_it_cannot_start(project: Path, shoal: Shoal) -> None:
+    outcome = shoal("up", "--set", "targets.k8s.image=x", "--target", "k8s")
+    assert outcome.code == 2
+    assert "--target local" in outcome.err
+
+
+def test_down_is_content_when_nothing_runs(project: Path, shoal: Shoal) -> None:
+    outcome = shoal("down")
+    assert (outcome.code, outcome.out) == (0, "no cluster of this project runs\n")
+
+
+def test_doctor_shows_findings(project: Path, shoal: Shoal) -> None:
+    outcome = shoal("doctor")
+    assert outcome.code == 0, outcome.out + outcome.err
+    assert "versions" in outcome.out
+
+
+def test_runs_lists_them_within_100_columns(project: Path, shoal: Shoal) -> None:
+    write_run(project, "digits-sweep-1a2b3c4d-t001")
+    write_run(project, "b")
+    lines = shoal("runs").out.splitlines()
+    assert lines[0].split() == ["run", "state", "step", "of", "best", "workers", "age"]
+    assert any(line.startswith("digits-sweep-1a2b3c4d-t001 ") for line in lines)
+    assert max(map(len, lines)) <= 100
+
+
+def test_a_long_name_is_whole_in_a_pipe_and_folded_on_a_terminal(
+    project: Path, shoal: Shoal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "digits-" + "a" * 70
+    write_run(project, name)
+    assert any(line.startswith(name) for line in shoal("runs").out.splitlines())
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    lines = Text.from_ansi(shoal("runs").out).plain.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines[0].split() == ["run", "state", "step", "of", "best", "workers", "age"]
+
+
+def test_runs_shows_one_closely(project: Path, shoal: Shoal) -> None:
+    write_run(project)
+    out = shoal("runs", "digits-1").out
+    for text in ("finished", "10 of 10", "jobs.digits:Digits", "lr=0.5", "accuracy 0.75"):
+        assert text in out
+
+
+def test_an_unknown_run_is_named_with_those_that_exist(project: Path, shoal: Shoal) -> None:
+    write_run(project)
+    outcome = shoal("runs", "digits-2")
+    assert outcome.code == 2
+    assert "digits-1" in outcome.err
+
+
+def test_logs_show_what_a_rank_printed(project: Path, shoal: Shoal) -> None:
+    write_run(project)
+    assert shoal("logs", "digits-1").out == "hello from rank 0\n"
+    outcome = shoal("logs", "digits-1", "--rank", "3")
+    assert outcome.code == 2
+    assert "there are: 0" in outcome.err
+
+
+def test_following_a_run_ends_with_the_run(project: Path, shoal: Shoal) -> None:
+    record = write_run(project, ended=False)
+    lock_holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from pathlib import Path; from shoal.storage import FileLock\n"
+            "lock = FileLock(Path(sys.argv[1])); lock.acquire(); print('held', flush=True); sys.stdin.read()",
+            str(record.lock_path),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert lock_holder.stdout is not None
+    assert lock_holder.stdin is not None
+    assert lock_holder.stdout.readline() == b"held\n"
+
+    def end_the_run() -> None:
+        with (record.logs_dir / "rank-0.log").open("a") as log:
+            log.write("the last word\n")
+        lock_holder.communicate()
+
+    timer = threading.Timer(0.5, end_the_run)
+    timer.start()
+    outcome = shoal("logs", "digits-1", "-f")
+    timer.join()
+    assert (outcome.code, outcome.out) == (0, "hello from rank 0\nthe last word\n")
+
+
+def test_logs_of_an_app_come_from_all_its_replicas_and_no_other_apps(project: Path, shoal: Shoal) -> None:
+    folder = Storage(project / ".shoal").app_logs_dir
+    folder.mkdir(parents=True)
+    for app, replica in (("digits", "a"), ("digits", "b"), ("digits-next", "c")):
+        (folder / f"replica_{app}_endpoint_{replica}.log").write_text(f"{app} {replica}\n")
+    assert sorted(shoal("logs", "digits").out.splitlines()) == ["digits a", "digits b"]
+
+
+def test_logs_of_nothing(project: Path, shoal: Shoal) -> None:
+    outcome = shoal("logs", "nobody")
+    assert outcome.code == 2
+    assert "'nobody'" in outcome.err
+
+
+def test_stopping_what_does_not_run_or_exist(project: Path, shoal: Shoal) -> None:
+    record = write_run(project)
+    outcome = shoal("stop", "digits-1")
+    assert (outcome.code, outcome.out) == (0, "run digits-1 does not run: finished at step 10\n")
+    assert not record.stop_requested()
+    assert shoal("stop", "nobody").code == 2
+
+
+def test_a_dry_run_says_what_it_needs_and_writes_nothing(project: Path, shoal: Shoal) -> None:
+    outcome = shoal("train", "jobs.digits", "hidden=32", "--workers", "1..4", "--dry-run")
+    assert outcome.code == 0, outcome.err
+    # 64*32+32 + 32*32+32 + 32*10+10 parameters; samples as jobs/digits.py splits them
+    for text in ("3,466", "train 1,197  val 300  test 300", "1 worker: 64, 4 workers: 16", "loss 2.3"):
+        assert text in outcome.out
+    assert not (project / ".shoal").exists()
+
+
+def test_a_dry_run_refuses_more_workers_than_fit_before_it_builds_anything(
+    project: Path, shoal: Shoal
+) -> None:
+    outcome = shoal("train", "jobs.digits", "--workers", "9", "--dry-run")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "at most 4 fit" in outcome.err
+
+
+def test_a_dry_run_shows_the_recipes_own_error(project: Path, shoal: Shoal) -> None:
+    (project / "broken_recipe.py").write_text(
+        "import shoal\nclass Broken(shoal.Recipe):\n    def build_data(self):\n        return self.nowhere\n"
+    )
+    outcome = shoal("train", "broken_recipe", "--dry-run")
+    assert outcome.code == 2
+    assert "  |     return self.nowhere" in outcome.err
+    assert "nowhere" in outcome.err.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("jobs.nope", "jobs.digits"),
+        ("jobs.digits:Nope", "Digits"),
+        ("jobs.digits lr=fast", "lr"),
+        ("jobs.digits lr", "field=value"),
+        ("jobs.digits --dry-run --detach", "choose one"),
+        ("jobs.digits --dry-run --precision fp8", "bf16"),
+        ("jobs.digits --dry-run --workers 4..1", "4..1"),
+        ("jobs.digits --dry-run --checkpoint-every soon", "soon"),
+        ("jobs.digits --dry-run --steps 0", "steps"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_with_a_hint(
+    project: Path, shoal: Shoal, words: str, hint: str
+) -> None:
+    outcome = shoal("train", *words.split())
+    assert outcome.code == 2
+    assert hint in outcome.err
+    assert "Traceback" not in outcome.err
+    assert not (project / ".shoal").exists()
+
+
+def test_a_space_that_cannot_be_searched_is_refused(project: Path, shoal: Shoal) -> None:
+    outcome = shoal("tune", "jobs.digits", "lr=log:0..1", "hiden=1..4")
+    assert outcome.code == 2
+    assert "lr" in outcome.err
+    assert "did you mean hidden" in outcome.err
