@@ -169,7 +169,7 @@ class Serve(Section):
     """Requests that may wait; more are answered with 503 and Retry-After."""
     batch: Count = 32
     """Requests that a replica answers in one pass of the model, at most."""
-    batch_wait: Duration = Duration(0.002)
+    batch_wait: Duration = Duration(0)
     """How long a request may wait for others to share its pass; 0s for not at all."""
     max_body: PositiveSize = Size(8 * 2**20)
     """Largest request body; larger ones are answered with 413."""
