@@ -228,7 +228,7 @@ def test_a_full_cluster_delays_a_sweep_and_it_can_still_be_stopped(cluster: Clus
 
     first = start("fills")
     assert "2 trials instead of 9" in first.note
-    assert "1 trials at a time instead of 9" in first.note
+    assert "1 at a time instead of 9" in first.note
     wait_until(lambda: any(trial.step > 0 for trial in first.trials), "the cluster to be full")
     second = start("waits")
     wait_until(lambda: len(second.trials) > 0, "the second sweep to ask for room")

@@ -409,5 +409,5 @@ def _note(ledger: Trials, trials: int, is_new: bool, fit: int, concurrent: int) 
     if ledger.num_trials < trials:
         notes.append(f"{ledger.num_trials} trials instead of {trials}: the space has no more combinations")
     if fit < concurrent:
-        notes.append(f"{fit} trials at a time instead of {concurrent}: more do not fit on the cluster")
+        notes.append(f"{fit} at a time instead of {concurrent}: more do not fit on the cluster")
     return "; ".join(notes)
