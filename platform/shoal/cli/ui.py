@@ -8,11 +8,15 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shoal.cli.command import CLUSTER, command
+from shoal.cli.interrupt import sigterm_interrupts
 from shoal.errors import ClusterError, TrackingError
 
 if TYPE_CHECKING:
@@ -45,22 +49,31 @@ def ui(
         return
     _wait_for_store(info)
     port = port or _free_port()
-    with subprocess.Popen(
-        server_command(info, port),
-        env={**os.environ, **SERVER_ENVIRONMENT},
-        cwd=info.storage / "tracking",
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # Ctrl-C reaches us; we end MLflow and its workers
-    ) as server:
-        try:
-            _wait_for_page(server, port)
-            say(f"http://{_HOST}:{port}  (Ctrl-C ends it)")
-            server.communicate()
-        finally:
-            _end(server)
+    with sigterm_interrupts(), _server(info, port) as (server, log):
+        _wait_for_page(server, port, log)
+        say(f"http://{_HOST}:{port}  (Ctrl-C ends it)")
+        server.wait()
+
+
+@contextmanager
+def _server(info: ClusterInfo, port: int) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """MLflow's server, and the file it writes its log to; ended on exit."""
+    folder = info.storage / "tracking"
+    log = folder / "ui.log"
+    with log.open("wb") as file:
+        server = subprocess.Popen(
+            server_command(info, port),
+            env={**os.environ, **SERVER_ENVIRONMENT},
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches us; we end MLflow and its workers
+        )
+    try:
+        yield server, log
+    finally:
+        _end(server)
 
 
 SERVER_ENVIRONMENT = {
@@ -101,7 +114,7 @@ def _wait_for_store(info: ClusterInfo) -> None:
         raise TrackingError(f"the tracker cannot use {info.tracking}: {seen.error}")
 
 
-def _wait_for_page(server: subprocess.Popen[str], port: int) -> None:
+def _wait_for_page(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
     deadline = time.monotonic() + READY_DEADLINE_S
     while server.poll() is None:
         try:
@@ -113,7 +126,7 @@ def _wait_for_page(server: subprocess.Popen[str], port: int) -> None:
                     f"MLflow's page did not answer on port {port} within {READY_DEADLINE_S:.0f} s"
                 ) from None
             time.sleep(_POLL_S)
-    said = server.stderr.read()[-2000:].strip() if server.stderr is not None else ""
+    said = log.read_text(errors="replace")[-2000:].strip()
     raise ClusterError(f"MLflow's page did not start (exit code {server.returncode}):\n{said}")
 
 
@@ -122,7 +135,7 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _end(server: subprocess.Popen[str]) -> None:
+def _end(server: subprocess.Popen[bytes]) -> None:
     if server.poll() is not None:
         return
     os.killpg(server.pid, signal.SIGTERM)
