@@ -99,7 +99,22 @@ def test_frames_of_shoal_are_left_out_of_a_recipes_traceback() -> None:
 
 
 def test_a_long_traceback_keeps_its_end() -> None:
-    text = "\n".join(["Traceback (most recent call last):", *(f"line {i}" for i in range(100)), "the end"])
+    frames = [
+        line for i in range(100) for line in (f'  File "/home/me/recipe.py", line {i}, in f', "    f()")
+    ]
+    text = "\n".join(["Traceback (most recent call last):", *frames, "the end"])
     shown = short_traceback(text)
     assert len(shown) < 30
     assert shown[-1] == "the end"
+
+
+def test_without_a_frame_of_the_recipe_the_message_stands_alone() -> None:
+    text = (
+        "Traceback (most recent call last):\n"
+        '  File "/venv/lib/python3.11/site-packages/torch/nn/modules/module.py", line 2638, in load_state_dict\n'
+        "RuntimeError: size mismatch"
+    )
+    assert (
+        message_of(RecipeError("the weights do not fit", traceback_text=text))
+        == "error: the weights do not fit"
+    )

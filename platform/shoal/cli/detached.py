@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from shoal.cli.console import say, show_facts
@@ -40,6 +41,8 @@ def train_detached(recipe: Recipe, options: TrainOptions) -> None:
         say(finished.note)
         return
     attempt = record.attempt
+    # As resolved here: an alias that moves meanwhile would make it another run.
+    options = replace(options, name=spec.name, init_from=spec.init_from_name)
     job = _Job.submit(
         cluster.info.dashboard_url, entrypoint(recipe, options, str(cluster.info.project)), spec.name
     )
@@ -59,14 +62,10 @@ def entrypoint(recipe: Recipe, options: TrainOptions, project: str) -> str:
     """The shell command of the job; the cluster has project and shoal on its path, so nothing is uploaded."""
     from shoal.recipe import field_values, recipe_ref
 
-    fields = [f"{name}={_word(value)}" for name, value in field_values(recipe).items()]
+    fields = [f"{name}={value}" for name, value in field_values(recipe).items()]
     command = [sys.executable, "-m", "shoal.cli", "train", recipe_ref(recipe), *fields, *options.as_words()]
     # exec: SIGTERM, with which a job is stopped, reaches Python and not a shell that ignores it.
     return f"cd {shlex.quote(project)} && exec {shlex.join(command)}"
-
-
-def _word(value: Any) -> str:
-    return str(value)
 
 
 class _Job:

@@ -61,8 +61,8 @@ def message_of(err: Exception) -> str:
         kind = "" if isinstance(err, ShoalError) else f"{type(err).__name__}: "
         return f"error: {kind}{text}\nThis is a bug in shoal; set {TRACEBACK_ENV}=1 to see the traceback."
     text = f"error: {err}"
-    if isinstance(err, RecipeError) and err.traceback_text:
-        framed = "\n".join(f"  | {line}" for line in short_traceback(err.traceback_text))
+    if isinstance(err, RecipeError) and (lines := short_traceback(err.traceback_text)):
+        framed = "\n".join(f"  | {line}" for line in lines)
         head, newline, rest = text.partition("\n")
         return f"{head}\n{framed}{newline}{rest}"
     return text
@@ -71,14 +71,17 @@ def message_of(err: Exception) -> str:
 def short_traceback(text: str) -> list[str]:
     """The recipe's part of a traceback: without frames of shoal itself, and the last lines of a long one."""
     kept: list[str] = []
-    skipping = False
+    skipping, has_own = False, False
     for line in text.rstrip().splitlines():
         if line.startswith('  File "'):
             skipping = line.startswith(f'  File "{_LIBRARY}')
+            has_own |= not skipping and "site-packages" not in line
         elif not line.startswith("    "):
             skipping = False
         if not skipping:
             kept.append(line)
+    if not has_own:  # it was raised by us, about the recipe: the message says it all
+        return []
     if len(kept) > MAX_TRACEBACK_LINES:
         kept = [kept[0], "  ...", *kept[-MAX_TRACEBACK_LINES:]]
     return kept
