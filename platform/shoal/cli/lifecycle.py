@@ -26,9 +26,9 @@ def up(target: Target = None, set_: Set = None) -> None:
 
     It stays until `shoal down`. What a crash left of an earlier one is cleaned up first.
     """
+    from shoal.api import bring_up
     from shoal.cli.console import say, show_facts
     from shoal.cli.place import project_here
-    from shoal.api import bring_up
     from shoal.config import load, notes
 
     config = load(target=target, overrides=set_ or [])
