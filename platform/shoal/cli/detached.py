@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,8 @@ run may wait for room as long as a run does."""
 _POLL_S = 0.2
 
 
-def train_detached(recipe: Recipe, options: TrainOptions) -> None:
-    """Have the cluster train, and return once the run has started.
+def train_detached(recipe: Recipe, words: Sequence[str], options: TrainOptions) -> None:
+    """Have the cluster train, and return once the run has started; ``words`` are the fields as typed.
 
     Raises:
         RequestError: no cluster runs, or the run cannot be as asked; nothing was submitted.
@@ -43,9 +44,8 @@ def train_detached(recipe: Recipe, options: TrainOptions) -> None:
     attempt = record.attempt
     # As resolved here: an alias that moves meanwhile would make it another run.
     options = replace(options, name=spec.name, init_from=spec.init_from_name)
-    job = _Job.submit(
-        cluster.info.dashboard_url, entrypoint(recipe, options, str(cluster.info.project)), spec.name
-    )
+    command = entrypoint(recipe, words, options, str(cluster.info.project))
+    job = _Job.submit(cluster.info.dashboard_url, command, spec.name)
     _wait_started(record, job, attempt)
     show_facts(
         {
@@ -58,12 +58,14 @@ def train_detached(recipe: Recipe, options: TrainOptions) -> None:
     )
 
 
-def entrypoint(recipe: Recipe, options: TrainOptions, project: str) -> str:
-    """The shell command of the job; the cluster has project and shoal on its path, so nothing is uploaded."""
-    from shoal.recipe import field_values, recipe_ref
+def entrypoint(recipe: Recipe, words: Sequence[str], options: TrainOptions, project: str) -> str:
+    """The shell command of the job; the cluster has project and shoal on its path, so nothing is uploaded.
 
-    fields = [f"{name}={value}" for name, value in field_values(recipe).items()]
-    command = [sys.executable, "-m", "shoal.cli", "train", recipe_ref(recipe), *fields, *options.as_words()]
+    The fields go as they were typed: a value such as None or a tuple has no text that reads back as itself.
+    """
+    from shoal.recipe import recipe_ref
+
+    command = [sys.executable, "-m", "shoal.cli", "train", recipe_ref(recipe), *words, *options.as_words()]
     # exec: SIGTERM, with which a job is stopped, reaches Python and not a shell that ignores it.
     return f"cd {shlex.quote(project)} && exec {shlex.join(command)}"
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from shoal.cli import options as opt
 from shoal.cli.command import WORK, command, make_app
+from shoal.errors import RequestError
 
 if TYPE_CHECKING:
     import typer
@@ -43,6 +44,7 @@ def importable(recipe: type[Recipe]) -> type[Recipe]:
 def make_job_app(recipe: type[Recipe]) -> typer.Typer:
     """The commands of a job with this recipe."""
     name, module = recipe.__name__, _module_of(recipe)
+    prefix = f"python -m {module}"
     summary = (recipe.__doc__ or "").strip().partition("\n")[0]
     app = make_app(name.lower(), f"{name}: {summary}" if summary else name)
 
@@ -75,9 +77,11 @@ def make_job_app(recipe: type[Recipe]) -> typer.Typer:
         )
         made = parse_fields(recipe, fields or [])
         if is_torchrun():
+            if dry_run:
+                raise RequestError(f"--dry-run takes its step in one process: {prefix} train --dry-run")
             train_under_torchrun(made, options)
         else:
-            start(made, options, detach=False, dry_run=dry_run)
+            start(made, options, words=fields or [], detach=False, dry_run=dry_run)
 
     def tune(
         space: opt.SpaceFields = None,
@@ -96,7 +100,6 @@ def make_job_app(recipe: type[Recipe]) -> typer.Typer:
         )
         tune_and_wait(recipe, space or [], options)
 
-    prefix = f"python -m {module}"
     examples = (
         f"{prefix} train --workers 2",
         f"ray job submit --working-dir . -- {prefix} train",

@@ -11,12 +11,13 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from shoal.cli.console import say
-from shoal.errors import RecipeError, RequestError, ShoalError
+from shoal.errors import NotFoundError, RecipeError, RequestError, ShoalError
 
 if TYPE_CHECKING:
     from shoal.cli.training import TrainOptions
     from shoal.recipe import Recipe
-    from shoal.tracking import RunRecord
+    from shoal.storage import Storage
+    from shoal.tracking import ResolvedModel, RunRecord
     from shoal.train.group import Group
     from shoal.train.run import Run
     from shoal.train.spec import RunSpec
@@ -33,7 +34,7 @@ def train_under_torchrun(recipe: Recipe, options: TrainOptions) -> None:
     Ctrl-C and SIGTERM commit a checkpoint and stop.
 
     Raises:
-        RequestError: the run cannot be as asked.
+        RequestError: the run cannot be as asked. NotFoundError: no such version to start from.
         RecipeError, EnvironmentFailure: it failed.
     """
     from shoal.train.group import torchrun_group
@@ -56,11 +57,24 @@ def _spec(recipe: Recipe, options: TrainOptions) -> RunSpec:
     from shoal.config import load
     from shoal.storage import Storage
 
-    if options.init_from is not None and "@" not in options.init_from:
-        raise RequestError(f"--init-from {options.init_from}: without a cluster, name a version, as digits@1")
     config = load()
     storage = Storage(config.storage_path(project_here()))
-    return plan_run(recipe, config, storage, **options.of_run())
+    init_from = None if options.init_from is None else _version(storage, options.init_from)
+    return plan_run(recipe, config, storage, **{**options.of_run(), "init_from": init_from})
+
+
+def _version(storage: Storage, text: str) -> ResolvedModel:
+    """The version ``digits@1``, found on storage; aliases are the registry's, which needs a cluster."""
+    from shoal.tracking import ResolvedModel
+    from shoal.tracking.registry import parse_spec
+
+    model, selector = parse_spec(text)
+    if selector is None or not selector.isdecimal():
+        raise RequestError(f"--init-from {text}: without a cluster, name a version by number, as {model}@1")
+    resolved = ResolvedModel(model=model, version=int(selector), path=storage.model_dir(model, int(selector)))
+    if not resolved.path.is_dir():
+        raise NotFoundError(f"--init-from {text}: there is no {resolved.path}; see what is in its folder")
+    return resolved
 
 
 def _agree(spec: RunSpec, group: Group) -> str:

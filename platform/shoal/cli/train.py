@@ -52,4 +52,5 @@ def train(
         keep=keep,
         init_from=init_from,
     )
-    start(parse_fields(load_recipe(module), fields or []), options, detach=detach, dry_run=dry_run)
+    words = fields or []
+    start(parse_fields(load_recipe(module), words), options, words=words, detach=detach, dry_run=dry_run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +59,12 @@ class TrainOptions:
         return {name: value for name, value in asdict(self).items() if name != "workers"}
 
 
-def start(recipe: Recipe, options: TrainOptions, *, detach: bool, dry_run: bool) -> None:
+def start(
+    recipe: Recipe, options: TrainOptions, *, words: Sequence[str], detach: bool, dry_run: bool
+) -> None:
     """Train as the options say: here and now, on the cluster without us, or not at all.
+
+    ``words`` are the recipe's fields as they were typed.
 
     Raises:
         RequestError, RecipeError, EnvironmentFailure: as `train_and_wait`.
@@ -73,7 +78,7 @@ def start(recipe: Recipe, options: TrainOptions, *, detach: bool, dry_run: bool)
     elif detach:
         from shoal.cli.detached import train_detached
 
-        train_detached(recipe, options)
+        train_detached(recipe, words, options)
     else:
         train_and_wait(recipe, options)
 

@@ -1,0 +1,72 @@
+"""A run that another process drives is the run that was asked for: a detached job's, and torchrun's."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+import shoal
+from shoal.cli.detached import entrypoint
+from shoal.cli.job import make_job_app
+from shoal.cli.torchrun import _spec
+from shoal.cli.training import TrainOptions
+from shoal.errors import NotFoundError, RequestError
+from shoal.recipe import field_values, parse_fields
+
+
+class Tagged(shoal.Recipe):
+    """Has fields whose values have no text that reads back as themselves."""
+
+    lr: float = 1e-3
+    tag: str | None = None
+    sizes: tuple[int, ...] = (1, 2)
+
+
+@pytest.mark.parametrize("words", [[], ["lr=1e-2"], ["tag=a b"]])
+def test_a_detached_run_has_the_fields_that_were_typed(words: list[str]) -> None:
+    recipe = parse_fields(Tagged, words)
+    command = entrypoint(recipe, words, TrainOptions(seed=3), "/a b")
+    ref = f"{Tagged.__module__}:Tagged"
+    expected = [sys.executable, "-m", "shoal.cli", "train", ref, *words, "--seed=3"]
+    assert shlex.split(command) == ["cd", "/a b", "&&", "exec", *expected]
+    assert field_values(parse_fields(Tagged, shlex.split(command)[9:-1])) == field_values(recipe)
+
+
+def test_under_torchrun_a_run_starts_from_a_version_on_storage(project: Path) -> None:
+    version = project / ".shoal" / "models" / "digits" / "12"
+    version.mkdir(parents=True)
+    spec = _spec(Tagged(), TrainOptions(init_from="digits@12"))
+    assert (spec.init_from, spec.init_from_name) == (version, "digits@12")
+    assert spec.name != _spec(Tagged(), TrainOptions()).name
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "message"),
+    [
+        ("digits", RequestError, "name a version by number, as digits@1"),
+        ("digits@champion", RequestError, "name a version by number, as digits@1"),
+        ("../up@1", RequestError, "model"),
+        ("digits@2", NotFoundError, "models/digits/2"),
+    ],
+)
+def test_under_torchrun_other_models_are_refused(
+    project: Path, text: str, kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        _spec(Tagged(), TrainOptions(init_from=text))
+
+
+def test_under_torchrun_a_dry_run_is_refused(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("TORCHELASTIC_RUN_ID", "RANK"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setattr("shoal.cli.torchrun.train_under_torchrun", lambda *_: pytest.fail("it trained"))
+    with pytest.raises(SystemExit) as end:
+        make_job_app(Tagged)(["train", "--dry-run"])
+    assert end.value.code == 2
+    assert "one process" in capsys.readouterr().err
+    assert not (project / ".shoal").exists()
