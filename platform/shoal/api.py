@@ -289,9 +289,16 @@ class Cluster:
         concurrent: int | None = None,
         **options: Any,
     ) -> Sweep:
-        """Search over the recipe's fields; returns at once. Options are those of `shoal.tune.start_sweep`."""
+        """Search over the recipe's fields; returns at once. Options are those of `shoal.tune.start_sweep`.
+
+        What is not given comes from the file: ``tune`` (trials, concurrent) and ``train`` (checkpoint_every,
+        retries, and the pool that says whether a trial holds a GPU).
+        """
         from shoal.tune import start_sweep
 
+        options.setdefault("checkpoint_every_s", float(self.config.train.checkpoint_every))
+        options.setdefault("retries", self.config.train.retries)
+        options.setdefault("gpus_per_trial", self.worker_resources().get("GPU", 0.0))
         return start_sweep(
             self.info,
             recipe,
@@ -392,9 +399,7 @@ class Models:
         run = self._run_of(source)
         resolved = self._registry.register(
             model,
-            lambda directory, version: write_run_package(
-                run, directory, model=model, version=version, project=self._cluster.info.project
-            ),
+            lambda directory, version: write_run_package(run, directory, model=model, version=version),
             run=run.name,
             alias=alias,
         )
@@ -453,6 +458,8 @@ def plan_run(
     target_steps = recipe.steps if steps is None else steps
     if target_steps < 1:
         raise RequestError(f"steps={target_steps}: a run has at least 1 step")
+    if keep is not None and keep < 1:
+        raise RequestError(f"keep={keep}: keep at least 1 checkpoint")
     if precision not in ("fp32", "bf16"):
         raise RequestError(f"precision={precision!r}: choose fp32 or bf16")
     every_s = config.train.checkpoint_every

@@ -241,3 +241,100 @@ def test_two_attempts_never_train_one_run_at_once(tmp_path: Path, monkeypatch: p
         train(spec)
     lock.release()
     assert train(spec).state() == RunState.FINISHED
+
+
+def test_a_damaged_newest_checkpoint_never_pushes_out_what_verifies(tmp_path: Path) -> None:
+    record = train(spec_of(tmp_path, Toy(eval_every=60), target_steps=40, keep=1))
+    checkpoints.checkpoint_path(record.checkpoints_dir, 40).rename(record.checkpoints_dir / "step-0000000900")
+    record = train(spec_of(tmp_path, Toy(eval_every=60), target_steps=60, keep=1))
+    kept = {checkpoints.step_of(path) for path in record.checkpoints_dir.glob("step-*")}
+    assert 60 in kept
+
+
+def test_backward_twice_for_one_batch_is_refused(tmp_path: Path) -> None:
+    class Twice(Toy):
+        """Accumulates gradients by hand."""
+
+        def train(self, session: shoal.Session) -> None:
+            for batch in session.batches():
+                session.backward(session.loss(batch))
+                session.backward(session.loss(batch))
+
+    assert "backward after backward" in error_of(train(spec_of(tmp_path, Twice())))
+
+
+def test_step_without_backward_is_refused(tmp_path: Path) -> None:
+    class Skipping(Toy):
+        """Forgets the backward pass."""
+
+        def train(self, session: shoal.Session) -> None:
+            for _ in session.batches():
+                session.step()
+
+    assert "step after batch" in error_of(train(spec_of(tmp_path, Skipping())))
+
+
+def test_clipping_bounds_the_summed_gradient_and_records_its_norm(tmp_path: Path) -> None:
+    class Clipped(Toy):
+        """Clips hard."""
+
+        def train(self, session: shoal.Session) -> None:
+            for batch in session.batches():
+                session.backward(session.loss(batch))
+                session.step(max_grad_norm=1e-3)
+                norm = torch.cat([p.grad.flatten() for p in session.model.parameters()]).norm()
+                assert norm <= 1.01e-3
+
+    record = train(spec_of(tmp_path, Clipped()))
+    assert record.state() == RunState.FINISHED
+    assert record.metrics_frame()["grad_norm"].max() > 1e-3
+
+
+def test_a_random_split_is_the_same_on_every_call(tmp_path: Path) -> None:
+    class Splitting(Toy):
+        """Splits without a generator of its own."""
+
+        def build_data(self) -> shoal.Datasets:
+            data = super().build_data()
+            first, second = torch.utils.data.random_split(data.train, [50, 20])
+            return shoal.Datasets(train=first, val=second)
+
+    train(spec_of(tmp_path, Splitting(), target_steps=10))
+    torch.manual_seed(99)
+    assert train(spec_of(tmp_path, Splitting(), target_steps=20)).state() == RunState.FINISHED
+
+
+def test_a_random_metric_does_not_change_the_training(tmp_path: Path) -> None:
+    noisy = broken("metrics", lambda self, m, b: {"accuracy": torch.rand(())})
+    one = train(spec_of(tmp_path, noisy, name="noisy"))
+    other = train(spec_of(tmp_path, name="plain"))
+    assert torch.equal(weights_of(one, 60)["0.weight"], weights_of(other, 60)["0.weight"])
+
+
+def test_parameters_that_a_batch_does_not_use_get_a_zero_gradient() -> None:
+    from shoal.train.reduce import GradientBuckets
+
+    model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    buckets = GradientBuckets(model.parameters(), Group.alone())
+    buckets.zero()
+    model[0](torch.ones(1, 2)).sum().backward()
+    assert model[1].weight.grad is not None
+    assert model[1].weight.grad.abs().sum() == 0
+    assert model[0].weight.grad.abs().sum() > 0
+
+
+def test_captured_output_leaves_logging_alone(tmp_path: Path) -> None:
+    import logging
+    import sys
+
+    from shoal.train.output import captured_output
+
+    with captured_output(tmp_path / "rank-0.log"):
+        handler = logging.StreamHandler(sys.stderr)
+        print("hello")
+    logger = logging.getLogger("kept")
+    logger.addHandler(handler)
+    logger.error("after")
+    handler.flush()
+    assert not handler.stream.closed
+    assert "hello" in (tmp_path / "rank-0.log").read_text()

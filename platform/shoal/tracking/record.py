@@ -54,6 +54,9 @@ class RunRecord:
         self.checkpoints_dir = self.dir / "checkpoints"
         self.logs_dir = self.dir / "logs"
         self.lock_path = self.dir / "lock"
+        """Held by rank 0 while it trains."""
+        self.driver_lock_path = self.dir / "driver.lock"
+        """Held by the process that keeps the workers alive: also while they start, or start again."""
         self._identity_path = self.dir / "identity.json"
         self._stop_path = self.dir / "stop"
         self._folding = threading.Lock()
@@ -117,16 +120,16 @@ class RunRecord:
         line = encode(kind, t=self._clock(), attempt=attempt, fields=fields)
         append_line(self.journal_path, line)
 
-    def events(self, kinds: Collection[str] | None = None) -> list[Event]:
-        """Every line of the journal, or those of the given kinds; empty for a run that never wrote one.
+    def events(self, kinds: Collection[str] | None = None, *, since: int = 0) -> list[Event]:
+        """Every line of the journal from byte ``since``, or those of the given kinds; empty if there is none.
 
         Lines that cannot be read (a machine that crashed) are left out, with a warning in the log.
         """
-        return list(self.iter_events(kinds))
+        return list(self.iter_events(kinds, since=since))
 
-    def iter_events(self, kinds: Collection[str] | None = None) -> Iterator[Event]:
+    def iter_events(self, kinds: Collection[str] | None = None, *, since: int = 0) -> Iterator[Event]:
         """The same as ``events``, without holding them all in memory."""
-        offset = 0
+        offset = since
         while True:
             events, end = self.events_since(offset)
             yield from (event for event in events if kinds is None or event["kind"] in kinds)
@@ -170,7 +173,12 @@ class RunRecord:
 
     def is_locked(self) -> bool:
         """Whether some process is training this run on this machine."""
-        return FileLock(self.lock_path).is_held()
+        return FileLock(self.lock_path).is_held() or FileLock(self.driver_lock_path).is_held()
+
+    @property
+    def end_offset(self) -> int:
+        """Where the journal ends now, in bytes: what comes later is found with ``events(since=...)``."""
+        return self.journal_path.stat().st_size if self.journal_path.exists() else 0
 
     def summary(self) -> Folded:
         """What the journal says in one pass: attempt, step, target, last evaluations, end."""

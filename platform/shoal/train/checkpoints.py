@@ -57,7 +57,7 @@ def take_snapshot(
         if t.is_floating_point() and not torch.isfinite(t).all():
             raise RecipeError(
                 f"step {step}: the model's {name} is NaN or infinite, so nothing was saved at this step; "
-                "lower the learning rate or clip gradients (earlier checkpoints are kept)"
+                "lower the learning rate or clip with session.step(max_grad_norm=...); earlier checkpoints are kept"
             )
     rest = flatten(
         {
@@ -84,7 +84,7 @@ def write_snapshot(directory: Path, snap: Snapshot) -> int:
         (folder / STATE_FILE).write_text(json.dumps(state))
 
     manifest = commit(directory, write, meta={"kind": "checkpoint", "step": snap.step})
-    return sum(entry.size_bytes for entry in manifest.files.values())
+    return manifest.size_bytes
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class CheckpointWriter:
 
     def submit(self, snap: Snapshot) -> None:
         """Begin to write ``snap``; waits first for the one before it."""
-        self._join()
+        self.join()
         self._thread = threading.Thread(
             target=self._write, args=(snap,), name="shoal-checkpoint", daemon=True
         )
@@ -196,11 +196,12 @@ class CheckpointWriter:
         Raises:
             StorageError: that one could not be written.
         """
-        self._join()
+        self.join()
         if self._failure is not None:
             raise self._failure
 
-    def _join(self) -> None:
+    def join(self) -> None:
+        """Wait until nothing is being written; errors are left to `close`."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -217,7 +218,7 @@ class CheckpointWriter:
                 self._best = (snap.step, value)
             self._on_commit(snap, path, size_bytes, time.monotonic() - started)
             self._failure = None
-            self._discard_old()
+            self._discard_old(snap.step)
         except ShoalError as err:
             self._failure = err
             self._on_failure(snap, err)
@@ -225,7 +226,9 @@ class CheckpointWriter:
             self._failure = StorageError(f"writing {path} failed: {type(err).__name__}: {err}")
             self._on_failure(snap, self._failure)
 
-    def _discard_old(self) -> None:
-        steps = [step_of(p) for p in self._parent.glob("step-*") if p.is_dir()]
+    def _discard_old(self, newest: int) -> None:
+        # Steps beyond the one just committed did not verify, or the run would have gone on from them: they
+        # must not push out what does verify.
+        steps = [step for p in self._parent.glob("step-*") if p.is_dir() and (step := step_of(p)) <= newest]
         for step in plan_discard(steps, keep=self._keep, best=self._best[0] if self._best else None):
             discard(checkpoint_path(self._parent, step))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.capacity import Resources
 from shoal.config.values import Range
-from shoal.errors import RequestError, ShoalError
+from shoal.errors import DeadlineExceeded, RequestError, ShoalError
+from shoal.storage import FileLock
 from shoal.tracking import RunRecord, RunState
 from shoal.train.run import Run
 from shoal.train.spec import RunSpec
@@ -31,7 +32,6 @@ def launch(spec: RunSpec, *, workers: Range, resources_per_worker: Resources, re
     finished = finished_run(spec, record)
     if finished is not None:
         return finished
-    record.clear_stop()
     driver = WorkersDriver(spec, record, workers, resources_per_worker, retries)
     driver.start()
     return Run(record, driver=driver)
@@ -47,11 +47,15 @@ def prepare(spec: RunSpec) -> RunRecord:
     record = RunRecord(spec.storage, spec.name)
     record.claim_identity(spec.identity())
     if record.is_locked():
-        raise RequestError(
-            f"run {spec.name!r} is being trained already; follow it with `shoal logs {spec.name} -f`, stop it "
-            f"with `shoal stop {spec.name}`, or choose another name"
-        )
+        raise _is_being_trained(spec.name)
     return record
+
+
+def _is_being_trained(name: str) -> RequestError:
+    return RequestError(
+        f"run {name!r} is being trained already; follow it with `shoal logs {name} -f`, stop it with "
+        f"`shoal stop {name}`, or choose another name"
+    )
 
 
 def finished_run(spec: RunSpec, record: RunRecord) -> Run | None:
@@ -74,6 +78,8 @@ class WorkersDriver:
         self._workers = workers
         self._resources_per_worker = resources_per_worker
         self._retries = retries
+        self._begin = record.end_offset
+        self._driving = FileLock(record.driver_lock_path)
         self._failure: BaseException | None = None
         self._group: Workers | None = None
         self._aborted = False
@@ -81,7 +87,16 @@ class WorkersDriver:
         self._thread = threading.Thread(target=self._drive, name=f"shoal-run-{spec.name}", daemon=True)
 
     def start(self) -> None:
-        """Begin; returns at once."""
+        """Begin; returns at once.
+
+        Raises:
+            RequestError: another process drives the run.
+        """
+        try:
+            self._driving.acquire()
+        except DeadlineExceeded:
+            raise _is_being_trained(self._spec.name) from None
+        self._record.clear_stop()
         self._thread.start()
 
     def is_alive(self) -> bool:
@@ -91,6 +106,16 @@ class WorkersDriver:
     def failure(self) -> BaseException | None:
         """Why the driver gave up, if it did."""
         return self._failure
+
+    def begin(self) -> int:
+        """Where the journal ended when this driver began, in bytes."""
+        return self._begin
+
+    def stop(self) -> None:
+        """Stop the run at its next step boundary, or at once if it has not started. Does not wait for it."""
+        self._record.mark_stop()
+        if not self._record.events(("start",), since=self._begin):
+            threading.Thread(target=self.abort, name="shoal-abort", daemon=True).start()
 
     def abort(self) -> None:
         """End the workers at once. Blocks for a few seconds at most; safe to repeat."""
@@ -107,6 +132,8 @@ class WorkersDriver:
         except BaseException as err:  # the thread's own boundary: `Run.wait` raises it in the caller
             self._failure = err
             self._record_failure(err)
+        finally:
+            self._driving.release()
 
     def _run_workers(self) -> None:
         from shoal.train.ray_edge import Workers
@@ -124,18 +151,21 @@ class WorkersDriver:
             self._group = group
             if self._aborted:
                 return
-        try:
-            group.run()
-        finally:
-            for left in _ray_folder(self._spec).glob(f"shoal-{self._spec.name}-*"):
-                shutil.rmtree(left, ignore_errors=True)
+        group.run()
 
     def _record_failure(self, err: BaseException) -> None:
-        last = self._record.events(("start", "end"))[-1:]
+        last = self._record.events(("start", "end"), since=self._begin)[-1:]
         if last and last[0]["kind"] == "end":
             return  # the workers have said how it ended
-        text = str(err) if isinstance(err, ShoalError) else f"{type(err).__name__}: {err}"
-        self._record.append("end", step=self._record.step, state="failed", error=text, traceback="")
+        is_ours = isinstance(err, ShoalError)
+        self._record.append(
+            "end",
+            step=self._record.step,
+            state="failed",
+            error=str(err) if is_ours else f"{type(err).__name__}: {err}",
+            error_type=type(err).__name__ if is_ours else "InternalError",
+            traceback="",
+        )
 
 
 def train_on_worker(config: dict[str, Any]) -> None:
@@ -151,7 +181,7 @@ def train_on_worker(config: dict[str, Any]) -> None:
         train_worker(spec, group)
 
 
-def _ray_folder(spec: RunSpec) -> Any:
+def _ray_folder(spec: RunSpec) -> Path:
     """Where Ray Train may leave its own small files; nothing of ours is read from there."""
     folder = spec.storage.root / "ray"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -35,7 +35,7 @@ from shoal.train.checkpoints import (
 )
 from shoal.train.fingerprint import fingerprint
 from shoal.train.group import Group, PeerLost
-from shoal.train.seeds import capture_random_state, restore_random_state
+from shoal.train.seeds import capture_random_state, derive_seed, restore_random_state, seed_everything
 from shoal.train.session import Session
 from shoal.train.spec import RunSpec
 
@@ -63,31 +63,35 @@ def train_worker(spec: RunSpec, group: Group, *, on_eval: EvalListener | None = 
         EnvironmentFailure: the machines failed (a lost peer, full storage); starting again may help.
     """
     record = RunRecord(spec.storage, spec.name)
-    try:
-        with _HeldRun(record, group):
+    begin = record.end_offset
+    with _HeldRun(record, group):
+        try:
             _train(spec, group, record, on_eval)
-    except PeerLost:
-        group.leave()
-        if _ended_in_error(record):
-            return  # the peer left because its recipe failed, and has said so
-        raise
-    except EnvironmentFailure:
-        group.leave()
-        raise
-    except Exception as err:
-        # BaseExceptions (Ray's SystemExit on kill) pass: they are not the recipe's.
-        record.append(
-            "end", step=record.step, state="failed", error=_describe(err), traceback=_traceback(err)
-        )
-        group.leave()
+        except PeerLost:
+            group.leave()
+            if not _ended_in_error(record, begin):
+                raise  # else the peer left because its recipe failed, and has said so
+        except EnvironmentFailure:
+            group.leave()
+            raise
+        except Exception as err:
+            # BaseExceptions (Ray's SystemExit on kill) pass: they are not the recipe's.
+            record.append(
+                "end",
+                step=record.step,
+                state="failed",
+                error=_describe(err),
+                error_type=type(err).__name__ if isinstance(err, ShoalError) else "RecipeError",
+                traceback=_traceback(err),
+            )
+            group.leave()
 
 
 def _train(spec: RunSpec, group: Group, record: RunRecord, on_eval: EvalListener | None) -> None:
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
+    seed_everything(derive_seed(spec.seed, "data"))  # a random split must be the same one on every worker
     data = spec.recipe.build_data()
-    if not isinstance(data, Datasets):
-        raise RecipeError(f"build_data must return shoal.Datasets(train=, val=), not {type(data).__name__}")
     keeper = _Keeper(spec, group, record, on_eval)
     session = Session(
         spec.recipe,
@@ -98,8 +102,7 @@ def _train(spec: RunSpec, group: Group, record: RunRecord, on_eval: EvalListener
         target_steps=spec.target_steps,
         precision=spec.precision,
     )
-    if group.is_first:
-        _check_data(record, data)
+    _check_data(record, data, group)
     source = keeper.restore(session)
     pids = group.gather(os.getpid())
     if group.is_first:
@@ -119,6 +122,7 @@ def _train(spec: RunSpec, group: Group, record: RunRecord, on_eval: EvalListener
         keeper.finish(session)
     finally:
         session.close()
+        keeper.close()
 
 
 class _HeldRun:
@@ -218,6 +222,11 @@ class _Keeper:
             state = "finished" if session.steps_done >= self._spec.target_steps else "stopped"
             self._record.append("end", step=session.steps_done, state=state, error="", traceback="")
         self._group.share(None)  # nobody leaves before the last line is written
+
+    def close(self) -> None:
+        """Wait for a checkpoint that is being written: the lock must outlive it."""
+        if self._writer is not None:
+            self._writer.join()
 
     def _load(self, session: Session, loaded: Loaded) -> None:
         try:
@@ -325,8 +334,17 @@ class _Keeper:
         self._record.append("warning", message=message)
 
 
-def _check_data(record: RunRecord, data: Datasets) -> None:
-    found = {"fingerprint": fingerprint(data)}
+def _check_data(record: RunRecord, data: Datasets, group: Group) -> None:
+    """Refuse data that differs between workers, or from what the run was trained on before."""
+    prints = group.gather(fingerprint(data))
+    if len(set(prints)) > 1:
+        raise RecipeError(
+            f"build_data gave different data on different workers (fingerprints {', '.join(prints)}); "
+            "it must give the same on every call: fix its seeds"
+        )
+    if not group.is_first:
+        return
+    found = {"fingerprint": prints[0]}
     path = record.dir / "data.json"
     if not create_json(path, found) and (was := read_json(path)) != found:
         raise IdentityError(
@@ -366,12 +384,11 @@ def _facts(spec: RunSpec, group: Group) -> dict[str, Any]:
     }
 
 
-def _ended_in_error(record: RunRecord, *, timeout_s: float = 2.0) -> bool:
+def _ended_in_error(record: RunRecord, begin: int, *, timeout_s: float = 2.0) -> bool:
     """True if this attempt's failing worker has recorded its error; it may be a moment behind us."""
     deadline = time.monotonic() + timeout_s
     while True:
-        last = record.events(("start", "end"))[-1:]
-        if last and last[0]["kind"] == "end" and last[0]["state"] == "failed":
+        if any(event["state"] == "failed" for event in record.events(("end",), since=begin)):
             return True
         if time.monotonic() >= deadline:
             return False

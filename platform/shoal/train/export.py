@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from shoal.errors import NotFoundError
+from shoal.errors import NotFoundError, RecipeError
 from shoal.models import Lineage, load_tensors, write_package
 from shoal.models.lineage import check_reference
 from shoal.recipe import from_fields, load_recipe
 from shoal.storage import read_json, verify
 from shoal.train.checkpoints import MODEL_FILE, STATE_FILE
-from shoal.train.revision import code_revision
 from shoal.train.run import Run
 
-if TYPE_CHECKING:
-    from torch import nn
 
-
-def write_run_package(run: Run, directory: Path, *, model: str, version: int, project: Path) -> None:
+def write_run_package(run: Run, directory: Path, *, model: str, version: int) -> None:
     """Commit the run's best checkpoint as a model version at ``directory``.
 
     Raises:
@@ -30,37 +26,44 @@ def write_run_package(run: Run, directory: Path, *, model: str, version: int, pr
     """
     checkpoint = run.best_checkpoint()
     verify(checkpoint)
-    net, lineage = _rebuild(run, checkpoint, project)
+    lineage = lineage_of(run, checkpoint)
+    check_reference(lineage.recipe)
+    net = from_fields(load_recipe(lineage.recipe), lineage.fields).build_model()
+    try:
+        net.load_state_dict(load_tensors(checkpoint / MODEL_FILE))
+    except RuntimeError as err:
+        raise RecipeError(f"{lineage.recipe} no longer takes the weights of run {run.name!r}: {err}") from err
     write_package(directory, net, model=model, version=version, lineage=lineage)
 
 
-def _rebuild(run: Run, checkpoint: Path, project: Path) -> tuple[nn.Module, Lineage]:
-    identity = _identity(run)
-    check_reference(identity["recipe"])
+def lineage_of(run: Run, checkpoint: Path) -> Lineage:
+    """Where the weights of one of the run's checkpoints come from."""
+    identity = run.record.identity()
+    if identity is None:
+        raise NotFoundError(f"there is no run {run.name!r}; `shoal runs` lists those that exist")
     state = read_json(checkpoint / STATE_FILE)
-    lineage = Lineage(
+    starts = run.record.events(("start",))
+    return Lineage(
         recipe=identity["recipe"],
         fields=identity["fields"],
-        data_fingerprint=_data_fingerprint(run.record.dir),
-        code_revision=code_revision(project),
+        data_fingerprint=str(_facts(run, "data.json").get("fingerprint", "")),
+        code_revision=starts[-1].get("revision", "") if starts else "",
         run=run.name,
-        trial=identity.get("trial"),
+        trial=_trial_of(run),
         checkpoint_step=state["step"],
         metrics=state["values"],
         created=time.time(),
     )
-    net = from_fields(load_recipe(identity["recipe"]), identity["fields"]).build_model()
-    net.load_state_dict(load_tensors(checkpoint / MODEL_FILE))
-    return net, lineage
 
 
-def _identity(run: Run) -> dict[str, Any]:
-    identity = run.record.identity()
-    if identity is None:
-        raise NotFoundError(f"there is no run {run.name!r}; `shoal runs` lists those that exist")
-    return identity
+def _trial_of(run: Run) -> str | None:
+    """``<sweep>/<number>`` of a run that was a trial."""
+    trial = _facts(run, "trial.json")
+    return f"{trial['sweep']}/{trial['trial']}" if trial else None
 
 
-def _data_fingerprint(run_dir: Path) -> str:
-    path = run_dir / "data.json"
-    return str(read_json(path)["fingerprint"]) if path.exists() else ""
+def _facts(run: Run, file: str) -> dict[str, Any]:
+    """One of the run's small JSON files; empty where there is none."""
+    path = run.record.dir / file
+    facts: dict[str, Any] = read_json(path) if path.exists() else {}
+    return facts

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from shoal.recipe import Recipe
 from shoal.train.group import Group
+from shoal.train.seeds import derive_seed, seed_everything
 from shoal.train.session import Session
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def fit(recipe: Recipe, *, steps: int | None = None, seed: int = 0) -> Fitted:
         RecipeError: the recipe cannot be trained; whatever its own code raises comes out as it is.
     """
     listener = _Listener()
+    seed_everything(derive_seed(seed, "data"))
     session = Session(
         recipe,
         recipe.build_data(),
@@ -67,8 +69,10 @@ def fit(recipe: Recipe, *, steps: int | None = None, seed: int = 0) -> Fitted:
         seed=seed,
         target_steps=recipe.steps if steps is None else steps,
     )
-    recipe.train(session)
-    val = session.evaluate(session.data.val)
-    test = session.evaluate(session.data.test) if session.data.test is not None else {}
-    session.close()
+    try:
+        recipe.train(session)
+        val = session.evaluate(session.data.val)
+        test = session.evaluate(session.data.test) if session.data.test is not None else {}
+    finally:
+        session.close()
     return Fitted(session.model.eval(), session.steps_done, val, test, listener.history)

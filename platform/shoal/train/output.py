@@ -33,12 +33,13 @@ def captured_output(path: Path) -> Iterator[None]:
         for fd in saved:
             os.dup2(log, fd)
         # Ray replaces Python's own streams in its workers; these two write straight to the descriptors.
-        sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
-        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+        # Never closed: a logging handler made meanwhile may keep them.
+        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
         yield
     finally:
-        sys.stdout.close()
-        sys.stderr.close()
+        sys.stdout.flush()
+        sys.stderr.flush()
         sys.stdout, sys.stderr = streams
         for fd, original in saved.items():
             os.dup2(original, fd)

@@ -88,7 +88,8 @@ class _Feed:
 
     def _fold(self, event: dict[str, Any]) -> str:
         kind = event["kind"]
-        self.step = event.get("step", self.step)
+        if kind in ("start", "metrics", "eval", "end"):  # a checkpoint's line is of an earlier step
+            self.step = event["step"]
         if kind == "start":
             self.target, self.workers = event["target_steps"], event["workers"]
             return f"resumed from step {event['step']:,} on {self.workers} workers" if event["step"] else ""

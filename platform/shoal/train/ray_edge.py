@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import socket
 import threading
 import uuid
@@ -470,7 +471,7 @@ class Workers:
         return ray.get(controller.get_result.remote())
 
     def _clean_up(self) -> None:
-        """Leave no controller and no placement group; a group outlives a controller that was killed."""
+        """Leave no controller, no placement group (one outlives a controller that was killed), no folder."""
         with self._lock:
             controller, self._controller = self._controller, None
         if controller is not None:
@@ -478,6 +479,7 @@ class Workers:
         for group in placement_group_table().values():
             if group["name"] == self._ray_name and group["state"] != "REMOVED":
                 remove_placement_group(ray.util.get_placement_group(self._ray_name))
+        shutil.rmtree(self._storage_path / self._ray_name, ignore_errors=True)  # Ray Train's own marker file
 
     def _lost_message(self, error: Exception) -> str:
         return (

@@ -61,7 +61,10 @@ class GradientBuckets:
             self._control_apart = True
         self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.views}
         self._work: list[torch.distributed.Work | None] = []
-        self._hooks = [p.register_post_accumulate_grad_hook(self._on_ready) for p in trained]  # type: ignore[no-untyped-call]
+        # One worker has nothing to send; its gradients are the buffers' slices all the same, so that parameters
+        # a batch does not use are treated alike (a zero gradient) on any number of workers.
+        watched = trained if group.size > 1 else []
+        self._hooks = [p.register_post_accumulate_grad_hook(self._on_ready) for p in watched]  # type: ignore[no-untyped-call]
 
     def zero(self) -> None:
         """Set all gradients to zero and make every ``p.grad`` a slice of its buffer again."""

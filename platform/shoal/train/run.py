@@ -7,9 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from shoal.errors import DeadlineExceeded, EnvironmentFailure, NotFoundError, RecipeError
+from shoal import errors
+from shoal.errors import (
+    DeadlineExceeded,
+    EnvironmentFailure,
+    InternalError,
+    NotFoundError,
+    RecipeError,
+    ShoalError,
+)
 from shoal.recipe import Objective
-from shoal.tracking import RunRecord, RunState
+from shoal.tracking import Event, RunRecord, RunState
 from shoal.train.output import log_path
 from shoal.train.progress import Reporter, reporter
 
@@ -27,6 +35,14 @@ class Driver(Protocol):
     def is_alive(self) -> bool: ...
     def failure(self) -> BaseException | None:
         """Why the driver gave up, once it has."""
+        ...
+
+    def begin(self) -> int:
+        """Where the journal ended when the driver began: older lines are of earlier attempts."""
+        ...
+
+    def stop(self) -> None:
+        """Stop the run at its next step boundary, or at once if it has not started."""
         ...
 
     def abort(self) -> None:
@@ -100,7 +116,10 @@ class Run:
 
     def stop(self) -> None:
         """Ask the run to commit and stop at the next step boundary. Does not block; safe to repeat."""
-        self._record.mark_stop()
+        if self._driver is not None and self._driver.is_alive():
+            self._driver.stop()
+        else:
+            self._record.mark_stop()
 
     def abort(self) -> None:
         """End the workers at once; the run goes on from its last commit when it is started again."""
@@ -155,15 +174,11 @@ class Run:
         return self.state == RunState.RUNNING
 
     def _raise_failure(self) -> None:
+        begin = self._driver.begin() if self._driver is not None else 0
         failure = self._driver.failure() if self._driver is not None else None
-        end = self._record.events(("end",))[-1:]
-        if self.state == RunState.FAILED and end:
-            error = f"run {self.name!r} failed at step {end[0]['step']}: {end[0]['error']}"
-            if isinstance(failure, EnvironmentFailure):
-                raise type(failure)(error)
-            raise RecipeError(
-                f"{error}\n  full text: shoal logs {self.name}", traceback_text=str(end[0]["traceback"])
-            )
+        end = self._record.events(("end",), since=begin)[-1:]
+        if end and end[0]["state"] == "failed":
+            raise self._recorded_failure(end[0])
         if failure is not None:
             raise failure
         if self.state == RunState.INTERRUPTED:
@@ -171,6 +186,14 @@ class Run:
                 f"run {self.name!r} was interrupted at step {self.step}: its processes are gone. "
                 "Start it again with the same command; it goes on from its last commit"
             )
+
+    def _recorded_failure(self, end: Event) -> ShoalError:
+        message = f"run {self.name!r} failed at step {end['step']}: {end['error']}"
+        kind = getattr(errors, str(end.get("error_type")), RecipeError)
+        if issubclass(kind, RecipeError):
+            text = f"{message}\n  full text: shoal logs {self.name}"
+            return RecipeError(text, traceback_text=str(end["traceback"]))
+        return kind(message) if issubclass(kind, ShoalError) else InternalError(message)
 
     def plot(self, *names: str) -> Figure:
         """Curves of the named metrics (default: losses, and the objective) over steps."""

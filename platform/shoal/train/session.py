@@ -23,7 +23,7 @@ from shoal.train.group import Group
 from shoal.train.loader import batch_length, evaluation_loader, to_device, training_loader
 from shoal.train.order import DataOrder
 from shoal.train.reduce import GradientBuckets
-from shoal.train.seeds import derive_seed, seed_everything
+from shoal.train.seeds import capture_random_state, derive_seed, restore_random_state, seed_everything
 
 Precision = Literal["fp32", "bf16"]
 
@@ -79,6 +79,12 @@ class Session:
         self._boundary = boundary
         self._clock = clock
         self._progress = Progress(since=clock())
+        if target_steps < 1:
+            raise RecipeError(f"steps={target_steps}: a run has at least 1 step")
+        if not isinstance(data, Datasets):
+            raise RecipeError(
+                f"build_data must return shoal.Datasets(train=, val=), not {type(data).__name__}"
+            )
         num_train = _length(data.train, "train")
         _length(data.val, "val")
         if recipe.batch_size < group.size:
@@ -95,8 +101,8 @@ class Session:
         self._buffers = _by_dtype(self.model.buffers()) if group.size > 1 else []
         self._share_initial_weights()
         self.seed_for_workers(0)
-        self._gradients = _gradients_for(self.model, group)
-        self._in_step = False
+        self._gradients = GradientBuckets(self.model.parameters(), group)
+        self._phase = "step"
         self._loss_weight = 1.0
 
     # -- the loop's side -------------------------------------------------------------------------------
@@ -110,9 +116,7 @@ class Session:
             RecipeError: a batch was taken without a `step` for the one before it.
         """
         for batch in self._loader():
-            if self._in_step:
-                raise RecipeError("call session.step() once for every batch of session.batches()")
-            self._in_step = True
+            self._move("step", to="batch")
             self.model.train()
             self._gradients.zero()
             self._sync_buffers()
@@ -137,7 +141,8 @@ class Session:
         ``loss`` is the mean over this worker's samples; it is weighed by their share of the batch.
 
         Raises:
-            RecipeError: the loss is not a scalar tensor with a gradient.
+            RecipeError: the loss is not a scalar tensor with a gradient; a second call for one batch (add
+                the losses instead: the first sum may be under way already).
         """
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             shape = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
@@ -147,25 +152,31 @@ class Session:
             )
         if not loss.requires_grad:
             raise RecipeError("the loss does not depend on the model's parameters (it has no gradient)")
+        self._move("batch", to="backward")
         loss = loss.reshape(()) * self._loss_weight
         self._gradients.set_control(loss, self._boundary.wants_checkpoint(), self._boundary.wants_stop())
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def step(self) -> None:
+    def step(self, *, max_grad_norm: float | None = None) -> None:
         """Finish the sum, take an optimizer and scheduler step, and do what is due at the step boundary.
 
         Blocks until every worker has come here. Evaluation and the copy for a checkpoint happen inside.
+        ``max_grad_norm`` clips the summed gradient to that 2-norm and records the norm as ``grad_norm``; it
+        cannot be clipped before, because until here each worker holds a part of the sum.
 
         Raises:
             RecipeError: the loss is NaN or infinite (the weights are still those of the step before).
             PeerLost: another worker is gone.
         """
+        self._move("backward", to="step")
         loss, wants_checkpoint, wants_stop = self._gradients.finish()
         if not math.isfinite(loss):
             raise RecipeError(
                 f"step {self.steps_done}: the loss is {loss}; the weights are those before this step. "
-                "Lower the learning rate, clip gradients, or look at this step's data"
+                "Lower the learning rate, clip with session.step(max_grad_norm=...), or look at the data"
             )
+        if max_grad_norm is not None:
+            self.log(grad_norm=nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm))
         self.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
@@ -177,6 +188,8 @@ class Session:
 
         Rank 0's values are recorded. Does not block.
         """
+        if not self.group.is_first:
+            return
         if self._progress.logged is None:
             self._progress.logged = {}
         for name, value in values.items():
@@ -186,9 +199,17 @@ class Session:
 
     _ended = False
 
+    def _move(self, expected: str, *, to: str) -> None:
+        """Every batch goes batch, backward, step; anything else would corrupt the sum of gradients."""
+        if self._phase != expected:
+            raise RecipeError(
+                f"session: {to} after {self._phase}; every batch of session.batches() takes one "
+                "session.backward(loss) and then one session.step()"
+            )
+        self._phase = to
+
     def step_done(self, loss: float) -> None:
         self.steps_done += 1
-        self._in_step = False
         self._progress.loss += loss
         self._progress.num_steps += 1
 
@@ -209,6 +230,8 @@ class Session:
     def evaluate(self, dataset: Dataset[Any]) -> dict[str, float]:
         """Mean loss and recipe metrics over a dataset, each worker measuring its share. Blocks; same on all."""
         was_training = self.model.training
+        random_state = capture_random_state()  # a random loss or metric must not draw from the training's
+        self._sync_buffers()  # what is measured is what a checkpoint would hold
         self.model.eval()
         sums: dict[str, float] = {}
         num_samples = len(dataset)  # type: ignore[arg-type]
@@ -226,6 +249,7 @@ class Session:
                         sums[name] = sums.get(name, 0.0) + float(value) * weight
         finally:
             self.model.train(was_training)
+            restore_random_state(random_state)
         return _merge_means(self.group.gather((sums, end - begin)))
 
     def seed_for_workers(self, step: int) -> None:
@@ -249,40 +273,19 @@ class Session:
 
     def _share_initial_weights(self) -> None:
         for tensor in [*self.model.parameters(), *self.model.buffers()]:
-            self.group.broadcast(tensor.data)
+            dense = tensor.data.contiguous()  # collectives refuse other memory layouts
+            self.group.broadcast(dense)
+            tensor.data.copy_(dense)
 
     def _sync_buffers(self) -> None:
         """Start every step from rank 0's buffers (such as BatchNorm's running means), as DDP does."""
         for same_kind in self._buffers:
             flat = torch.cat([buffer.reshape(-1) for buffer in same_kind])
             self.group.broadcast(flat)
-            for buffer, value in zip(same_kind, torch.split(flat, [b.numel() for b in same_kind]), strict=True):
+            for buffer, value in zip(
+                same_kind, torch.split(flat, [b.numel() for b in same_kind]), strict=True
+            ):
                 buffer.copy_(value.view_as(buffer))
-
-
-class _LocalGradients:
-    """The face of `GradientBuckets` for one worker: nothing to sum, gradients are autograd's own."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._control = (torch.zeros(()), False, False)
-
-    def zero(self) -> None:
-        self._model.zero_grad(set_to_none=True)
-
-    def set_control(self, loss: torch.Tensor, wants_checkpoint: bool, wants_stop: bool) -> None:
-        self._control = (loss.detach(), wants_checkpoint, wants_stop)
-
-    def finish(self) -> list[float]:
-        loss, wants_checkpoint, wants_stop = self._control
-        return [loss.item(), float(wants_checkpoint), float(wants_stop)]
-
-    def close(self) -> None:
-        """Nothing to take off."""
-
-
-def _gradients_for(model: nn.Module, group: Group) -> GradientBuckets | _LocalGradients:
-    return GradientBuckets(model.parameters(), group) if group.size > 1 else _LocalGradients(model)
 
 
 def _by_dtype(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
