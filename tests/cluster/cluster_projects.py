@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from shoal import config as shoal_config
@@ -25,3 +26,9 @@ def write_project(folder: Path, name: str) -> Path:
 
 def start(project: Path) -> ClusterInfo:
     return up(shoal_config.load(project / "cluster.yaml"), project=project)
+
+
+def write_record(info: ClusterInfo) -> None:
+    """Record the cluster as ``up`` does."""
+    info.record.parent.mkdir(exist_ok=True)
+    info.record.write_text(json.dumps(info.to_json()))

@@ -6,46 +6,13 @@ import dataclasses
 import json
 from pathlib import Path
 
-import psutil
 import pytest
+from cluster_projects import write_record as write
 
 from shoal.cluster import info as cluster_info
 from shoal.cluster import ports, processes, ray_edge
 from shoal.cluster.info import ClusterInfo, ProcessRef
 from shoal.errors import ClusterError
-
-
-@pytest.fixture
-def info(tmp_path: Path) -> ClusterInfo:
-    """A record whose head processes are this test: alive."""
-    me = ProcessRef.of(psutil.Process())
-    return ClusterInfo(
-        cluster_id="0123456789abcdef",
-        name="t",
-        project=tmp_path,
-        address="127.0.0.1:20000",
-        dashboard_url="http://127.0.0.1:20001",
-        serve_url="http://127.0.0.1:20011",
-        serve_port=20011,
-        storage=tmp_path / ".shoal",
-        tracking=f"sqlite:///{tmp_path}/mlflow.db",
-        token_path=tmp_path / "token",
-        run_dir=Path("/tmp/shoal-0/01234567"),
-        session_dir=Path("/tmp/shoal-0/01234567/ray/session_1"),
-        ports=ports.plan(20_000, serve_port=0),
-        started=1.0,
-        num_cpus=2,
-        num_gpus=0,
-        pids={"gcs": me, "raylet": me},
-        ray_version=ray_edge.installed_ray_version(),
-        python_version=cluster_info.python_version(),
-        config={"name": "t", "serve": {"port": 0, "replicas": "1..3"}},
-    )
-
-
-def write(info: ClusterInfo) -> None:
-    info.record.parent.mkdir(exist_ok=True)
-    info.record.write_text(json.dumps(info.to_json()))
 
 
 def test_a_record_reads_back_as_it_was(info: ClusterInfo) -> None:

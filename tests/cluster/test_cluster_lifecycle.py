@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import socket
@@ -10,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_projects import write_project
+from cluster_projects import write_project, write_record
 
 from shoal import config as shoal_config
-from shoal.cluster import doctor, down, lifecycle, ray_edge, up
+from shoal.cluster import ClusterInfo, doctor, down, lifecycle, ray_edge, up
 from shoal.cluster import start as starting
-from shoal.errors import RequestError, StorageError
+from shoal.errors import ClusterError, RequestError, StorageError
 
 
 class Started(Exception):
@@ -139,3 +140,25 @@ def test_doctor_says_how_to_clean_a_broken_record(project: Path) -> None:
     (project / ".shoal").mkdir()
     (project / ".shoal" / "cluster.json").write_text("{")
     assert ("record", "shoal down") in {(finding.subject, finding.next_step) for finding in doctor(project)}
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_cluster_that_runs_and_is_silent_is_not_ended(
+    project: Path, info: ClusterInfo, monkeypatch: pytest.MonkeyPatch, dies: bool
+) -> None:
+    info = dataclasses.replace(info, project=project, run_dir=project / "run")
+    write_record(info)
+
+    def silent(asked: ClusterInfo, *, timeout_s: float) -> bool:
+        if dies:
+            monkeypatch.setattr(ClusterInfo, "is_alive", lambda _: False)
+        return False
+
+    abandoned: list[str] = []
+    monkeypatch.setattr(starting, "answers_within", silent)
+    monkeypatch.setattr(starting, "abandon", lambda cluster_id, _: abandoned.append(cluster_id))
+    with pytest.raises(
+        Started if dies else ClusterError, match=None if dies else "does not answer.*shoal down"
+    ):
+        bring_up(project)
+    assert abandoned == ([info.cluster_id] if dies else [])

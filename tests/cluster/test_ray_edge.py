@@ -59,7 +59,9 @@ def test_ray_reads_the_other_settings(name: str, path: str) -> None:
     assert f'"{name}"' in source(path)
 
 
-@pytest.mark.parametrize("name", [*WARM_ENVIRONMENT, "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"])
+@pytest.mark.parametrize(
+    "name", [*WARM_ENVIRONMENT, ray_edge.WORKER_NICENESS, "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"]
+)
 def test_rays_binaries_read_the_settings_that_no_python_reads(name: str) -> None:
     assert name.removeprefix("RAY_").encode() in (SITE / "core/src/ray/raylet/raylet").read_bytes()
 
@@ -68,7 +70,7 @@ def test_ray_start_has_every_flag() -> None:
     from ray.scripts.scripts import start
 
     known = {option for parameter in start.params for option in parameter.opts}
-    command = ray_edge.start_command(PORTS, RUN_DIR, num_cpus=1, num_gpus=0, memory_bytes=1)
+    command = ray_edge.start_command(PORTS, RUN_DIR, num_cpus=1, num_gpus=0)
     asked = {part.split("=")[0] for part in command if part.startswith("--")}
     assert asked <= known
     used = {int(number) for part in command for number in re.findall(r"port=(\d+)$", part)}
@@ -80,7 +82,7 @@ def test_a_port_that_ray_adds_is_noticed() -> None:
     from ray.scripts.scripts import start
 
     known = {option for parameter in start.params for option in parameter.opts if option.endswith("-port")}
-    command = ray_edge.start_command(PORTS, RUN_DIR, num_cpus=1, num_gpus=0, memory_bytes=None)
+    command = ray_edge.start_command(PORTS, RUN_DIR, num_cpus=1, num_gpus=0)
     assert known == {part.split("=")[0] for part in command if part.split("=")[0].endswith("-port")}
 
 
@@ -125,6 +127,21 @@ def test_every_worker_imports_the_guard() -> None:
         "_private/workers/default_worker.py"
     )
     assert CLUSTER["RAY_preload_python_modules"].split(",")[0] == serve_guard.__name__
+
+
+@pytest.mark.slow
+def test_what_torch_imports_late_is_preloaded() -> None:
+    code = (
+        "import sys, torch; assert 'torch._dynamo' not in sys.modules; torch.manual_seed(0); "
+        "torch.optim.SGD([torch.zeros(1)], lr=1.0); print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr
+    assert "torch._dynamo" in CLUSTER[ray_edge.PRELOAD].split(",")
+
+
+def test_workers_are_as_nice_as_anything_else() -> None:
+    assert CLUSTER[ray_edge.WORKER_NICENESS] == "0"
 
 
 def test_the_callback_is_what_it_is_called() -> None:

@@ -18,13 +18,15 @@ NAMESPACE = "shoal"
 ATTACH_DEADLINE_S = 60.0
 
 _lock = threading.Lock()
+_overwritten: dict[str, str | None] = {}
+"""What `attach` found in the environment where it set something; None where there was nothing."""
 
 
 def attach(info: ClusterInfo, *, timeout_s: float = ATTACH_DEADLINE_S) -> None:
     """Connect this process to the cluster as a Ray driver, quietly; blocks for up to ``timeout_s`` seconds.
 
     Sets the environment that Ray and Serve read (so child processes reach the same cluster). Safe to repeat;
-    inside a Ray worker, which is connected already, it does nothing. ``detach`` undoes it.
+    inside a Ray worker, which is connected already, it does nothing. ``detach`` undoes it, the environment too.
 
     Raises:
         ClusterError: the cluster is gone or does not answer, was started by other versions of Ray or Python,
@@ -36,7 +38,7 @@ def attach(info: ClusterInfo, *, timeout_s: float = ATTACH_DEADLINE_S) -> None:
             return
         if not info.is_alive():
             raise ClusterError(f"cluster {info.name!r} of {info.project} no longer runs. Start it: shoal up")
-        os.environ.update(driver_environment(info))
+        _set_environment(driver_environment(info))
         import ray
 
         ray_edge.prepare_driver()
@@ -51,6 +53,7 @@ def attach(info: ClusterInfo, *, timeout_s: float = ATTACH_DEADLINE_S) -> None:
                     include_dashboard=None,
                 )
             except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+                _restore_environment()
                 raise ClusterError(
                     f"cluster {info.name!r} at {info.address} does not let us attach: {error}. "
                     f"Look at it with `shoal doctor`; `shoal down && shoal up` starts it anew."
@@ -63,6 +66,24 @@ def detach() -> None:
 
     with _lock:
         ray.shutdown()
+        _restore_environment()
+
+
+def _set_environment(values: dict[str, str]) -> None:
+    for name, value in values.items():
+        # Only the first time: attached again after a plain ray.shutdown(), what is there is ours.
+        _overwritten.setdefault(name, os.environ.get(name))
+        os.environ[name] = value
+
+
+def _restore_environment() -> None:
+    """Else `connect` would take a cluster that is down for the one that this process is part of."""
+    while _overwritten:
+        name, value = _overwritten.popitem()
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _is_attached(info: ClusterInfo) -> bool:

@@ -29,6 +29,9 @@ STARTING_NAME = "cluster.starting.json"
 _LOCK_TIMEOUT_S = starting.START_DEADLINE_S + 60.0
 """Longer than a start: whoever waits gets the cluster that the other one starts."""
 
+_ANSWER_TIMEOUT_S = 15.0
+"""How long a running cluster may take to answer."""
+
 LOCAL_NAMES = {"localhost": ray_edge.LOOPBACK}
 """Names with one address for every program; resolving them differs between HAProxy, Ray and Python."""
 
@@ -53,7 +56,7 @@ def up(config: ClusterConfig, *, project: Path, say: Callable[[str], None] = _lo
 def up_plan(
     plan: StartPlan, *, say: Callable[[str], None] = _log.info, notes: tuple[str, ...] = ()
 ) -> ClusterInfo:
-    """As ``up``, from a plan already made."""
+    """As ``up``, from a plan already made; this call started the cluster if it has the plan's ``cluster_id``."""
     check_installation()
     with _lock(plan.project):
         running = _recover(plan.project, say)
@@ -125,7 +128,6 @@ def plan_start(config: ClusterConfig, *, project: Path) -> tuple[StartPlan, tupl
         serve_port=config.serve.port,
         num_cpus=local.cpus,
         num_gpus=local.gpus,
-        memory_bytes=None,
         config=config.as_dict(),
     )
     return plan, local.notes
@@ -149,14 +151,25 @@ def check_installation() -> None:
 
 
 def _recover(project: Path, say: Callable[[str], None]) -> ClusterInfo | None:
-    """The healthy cluster of the project, or None after whatever was left of an earlier one is gone."""
+    """The healthy cluster of the project, or None after whatever was left of an earlier one is gone.
+
+    Raises:
+        ClusterError: it runs and does not answer.
+    """
     info = None
     with suppress(ClusterError):  # a record that cannot be read is cleaned like a dead one
         info = cluster_info.find(project)
-    if info is not None and starting.answers_within(info, timeout_s=15.0):
-        return info
+    if info is not None:
+        if starting.answers_within(info, timeout_s=_ANSWER_TIMEOUT_S):
+            return info
+        if info.is_alive():  # a machine that is busy, say: nobody asked to end what runs on it
+            raise ClusterError(
+                f"cluster {info.name!r} runs and does not answer at {info.dashboard_url} within "
+                f"{_ANSWER_TIMEOUT_S:.0f} s. Try again when the machine is less busy; `shoal doctor` says "
+                f"more; `shoal down` ends it, with every run on it."
+            )
     for cluster_id, run_dir in _claims(project):
-        say(f"cleaning up cluster {cluster_id[:8]}, which no longer runs or does not answer")
+        say(f"cleaning up cluster {cluster_id[:8]}, which no longer runs")
         starting.abandon(cluster_id, run_dir)
     _forget(project)
     return None

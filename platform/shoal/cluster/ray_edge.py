@@ -52,6 +52,7 @@ NUM_REPLICA_GRPC_PORTS = 32
 HEAD_PROCESSES = {"gcs_server": "gcs", "raylet": "raylet"}
 """Process name of what makes a head node: role. Without either there is no cluster."""
 PRELOAD = "RAY_preload_python_modules"
+WORKER_NICENESS = "RAY_worker_niceness"
 CONNECT_TIMEOUT_VARIABLE = "RAY_gcs_server_port_wait_time_s"
 """Seconds that ``ray.init`` waits for a GCS."""
 SERVE_HOST = "SHOAL_SERVE_HOST"
@@ -163,6 +164,9 @@ def cluster_environment(ports: Mapping[str, int], run_dir: Path, serve_host: str
         "AUTOSCALER_METRIC_PORT": str(ports["autoscaler_metrics"]),
         # Ray Train replaces print() by one that also logs: in a run's log every line would be there twice.
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        # Ray runs its workers at nice 15, so they lose to anything else: on a busy machine a run had 0.67 of the
+        # speed it has under torchrun (2026-11). What must not compete, such as the tracker, is nice by itself.
+        WORKER_NICENESS: "0",
         **WARM_ENVIRONMENT,
         # Every worker process imports these first; the guard before anything that could listen.
         PRELOAD: f"shoal.cluster.serve_guard,{WARM_ENVIRONMENT[PRELOAD]}",
@@ -171,15 +175,11 @@ def cluster_environment(ports: Mapping[str, int], run_dir: Path, serve_host: str
     }
 
 
-def start_command(
-    ports: Mapping[str, int], run_dir: Path, *, num_cpus: int, num_gpus: int, memory_bytes: int | None
-) -> list[str]:
+def start_command(ports: Mapping[str, int], run_dir: Path, *, num_cpus: int, num_gpus: int) -> list[str]:
     """The command line that starts a head node with every listener on loopback and on a port of ours."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head"]
     command += [f"--node-ip-address={LOOPBACK}", f"--dashboard-host={LOOPBACK}"]
     command += [f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}"]
-    if memory_bytes is not None:
-        command.append(f"--memory={memory_bytes}")
     flags = {
         "gcs": "port",
         "dashboard": "dashboard-port",

@@ -29,8 +29,6 @@ START_DEADLINE_S = 120.0
 """A start takes about 10 s on two cores; on a machine busy with tests several times that."""
 _MAX_START_TRIES = 3
 _PORTS_RECORD = "ports.json"
-_MAX_SOCKET_PATH = 107
-"""Longest path of a unix socket on Linux (``man 7 unix``); Ray's are up to 80 characters below its folder."""
 
 _log = logging.getLogger(__name__)
 
@@ -50,8 +48,6 @@ class StartPlan:
     """0 takes a free one."""
     num_cpus: int
     num_gpus: int
-    memory_bytes: int | None
-    """What tasks and actors may ask for together; None leaves it to Ray."""
     config: dict[str, Any]
 
     @property
@@ -68,8 +64,8 @@ def runtime_root() -> Path:
 def start(plan: StartPlan, say: Callable[[str], None]) -> ClusterInfo:
     """Start the cluster and return it once it answers; its record is not written yet.
 
-    On any error nothing of it is left running, and its folder is kept for its logs only where the message
-    quotes it.
+    On any error nothing of it is left running, and its folder is kept for its logs; `shoal down`, or the next
+    `shoal up`, removes it.
 
     Raises:
         ClusterError: it does not start, does not answer in time, or would listen beyond this machine.
@@ -161,9 +157,7 @@ def _start_once(plan: StartPlan, ports: dict[str, int], say: Callable[[str], Non
     began = time.monotonic()
     token_path = _write_token(plan.run_dir)
     _write_haproxy_launcher(plan.run_dir)
-    command = ray_edge.start_command(
-        ports, plan.run_dir, num_cpus=plan.num_cpus, num_gpus=plan.num_gpus, memory_bytes=plan.memory_bytes
-    )
+    command = ray_edge.start_command(ports, plan.run_dir, num_cpus=plan.num_cpus, num_gpus=plan.num_gpus)
     say(f"starting cluster {plan.name!r}: {plan.num_cpus} CPUs, {plan.num_gpus} GPUs")
     log_path = plan.run_dir / "start.log"
     with log_path.open("wb") as log:
