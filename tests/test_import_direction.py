@@ -41,7 +41,7 @@ def imports_of(file: Path) -> Iterator[tuple[str, int, bool]]:
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         for name in names:
-            if name.startswith("shoal."):
+            if name.startswith("shoal.") and not name.startswith("shoal.__"):
                 yield name.split(".")[1], node.lineno, id(node) in typing_only
 
 

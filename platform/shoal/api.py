@@ -20,6 +20,8 @@ from shoal import cluster as clusters
 from shoal.capacity import Resources
 from shoal.cluster.attach import attach as attach_driver
 from shoal.cluster.attach import detach
+from shoal.cluster.info import read_record
+from shoal.cluster.lifecycle import plan_start, up_plan
 from shoal.cluster.warm import add_warm_processes
 from shoal.config import ClusterConfig, Range, load
 from shoal.errors import ClusterError, ConfigError, NotFoundError, Problem, RequestError
@@ -100,20 +102,24 @@ def _start(config: ClusterConfig, folder: Path) -> ClusterInfo:
             f"no cluster of {folder} is running, and connect() starts one only on target 'local' "
             f"(the file says {config.target!r}). Start it: shoal up"
         )
-    info = bring_up(config, folder, say=logger.info)
-    atexit.register(_end, info)
-    return info
+    return bring_up(config, folder, say=logger.info, ends_with_us=True)
 
 
-def bring_up(config: ClusterConfig, project: Path, *, say: Callable[[str], None]) -> ClusterInfo:
+def bring_up(
+    config: ClusterConfig, project: Path, *, say: Callable[[str], None], ends_with_us: bool = False
+) -> ClusterInfo:
     """Start the cluster, with what the first run and the first model will want; or find it running. Blocks.
+
+    ``ends_with_us``: a cluster that this call starts ends with this process; one found running stays.
 
     Raises:
         ClusterError, RequestError: as `shoal.cluster.up`.
     """
-    running = clusters.find(project)
-    info = clusters.up(config, project=project, say=say)
-    if running is None:
+    plan, notes = plan_start(config, project=project)
+    info = up_plan(plan, say=say, notes=notes)
+    if info.cluster_id == plan.cluster_id:  # else another process started it, before or meanwhile
+        if ends_with_us:
+            atexit.register(_end, info)
         attach_driver(info)
         ensure_tracker(info)
         add_warm_processes(NUM_WARM)
@@ -121,8 +127,11 @@ def bring_up(config: ClusterConfig, project: Path, *, say: Callable[[str], None]
 
 
 def _end(info: ClusterInfo) -> None:
+    """End the cluster, unless the project has another by now: one that someone's `shoal up` started."""
     detach()
-    clusters.down(info.project)
+    recorded = read_record(info.record)
+    if recorded is not None and recorded.cluster_id == info.cluster_id:
+        clusters.down(info.project)
 
 
 def _check_same_places(config: ClusterConfig, info: ClusterInfo) -> None:

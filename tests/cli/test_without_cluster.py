@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from command_line import Shoal
@@ -126,6 +129,52 @@ def test_a_long_name_is_whole_in_a_pipe_and_folded_on_a_terminal(
     lines = Text.from_ansi(shoal("runs").out).plain.splitlines()
     assert max(map(len, lines)) <= 100
     assert lines[0].split() == ["run", "state", "step", "of", "best", "workers", "age"]
+
+
+def test_a_damaged_run_does_not_hide_the_others(project: Path, shoal: Shoal) -> None:
+    write_run(project, "a")
+    (write_run(project, "b").dir / "identity.json").write_text("{")
+    outcome = shoal("runs")
+    assert (outcome.code, outcome.err) == (0, "")
+    rows = dict(line.split()[:2] for line in outcome.out.splitlines())
+    assert rows == {"run": "state", "a": "finished", "b": "damaged"}
+    closely = shoal("runs", "b")
+    assert closely.code == 1
+    assert "b/identity.json" in closely.err
+
+
+def test_runs_are_listed_newest_first(project: Path, shoal: Shoal) -> None:
+    for age, name in enumerate("cbda"):
+        os.utime(write_run(project, name).dir / "identity.json", (1000 - age, 1000 - age))
+    assert [line.split()[0] for line in shoal("runs").out.splitlines()] == ["run", *"cbda"]
+    assert "there are: c, b, d, a" in shoal("runs", "nobody").err
+
+
+def test_status_says_how_much_tracking_waits() -> None:
+    from shoal.cli.status import delivery_text
+    from shoal.tracking import TrackerStatus
+
+    fine = TrackerStatus(state="ok", uri="http://mlflow", behind_runs=0, behind_bytes=0)
+    assert delivery_text(fine) == "http://mlflow, knows every run"
+    behind = replace(
+        fine, state="error", behind_runs=2, behind_bytes=2048, error="down", warnings=("first", "second")
+    )
+    lines = ["http://mlflow", "waiting: 2.0 KiB of 2 runs", "tries again: down"]
+    assert delivery_text(behind).split("\n") == [*lines, "2 warnings, the last: second"]
+
+
+def test_status_goes_on_without_a_tracker(monkeypatch: pytest.MonkeyPatch) -> None:
+    from shoal import cluster
+    from shoal.cli.status import _tracking_text
+    from shoal.errors import ClusterError
+
+    def silent(*_: object, timeout_s: float) -> None:
+        assert timeout_s <= 10
+        raise ClusterError("no answer")
+
+    monkeypatch.setattr(cluster, "attach", silent)
+    info = SimpleNamespace(tracking="http://mlflow")
+    assert _tracking_text(info).split("\n") == ["http://mlflow", "unknown how much waits: no answer"]  # type: ignore[arg-type]
 
 
 def test_runs_shows_one_closely(project: Path, shoal: Shoal) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import pickle
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import threading
 
 import pytest
 
-from shoal.errors import IdentityError, NotFoundError, RequestError
+from shoal.errors import CorruptError, IdentityError, NotFoundError, RequestError
 from shoal.storage import FileLock, Storage
 from shoal.tracking import RunRecord, RunState, list_runs
 
@@ -180,14 +181,23 @@ def test_a_stop_is_asked_for_until_it_is_cleared(record, storage):
     assert not record.stop_requested()
 
 
-def test_list_runs_has_those_with_an_identity_oldest_first(storage):
+def test_list_runs_has_those_with_an_identity_newest_first(storage):
     assert list_runs(storage) == []
-    for name in ("b", "a"):
+    for age, name in enumerate(("b", "c", "a")):
         RunRecord(storage, name).claim_identity(IDENTITY)
+        os.utime(storage.run_dir(name) / "identity.json", (1000 - age, 1000 - age))
     RunRecord(storage, "unborn").append("warning", message="no identity")
     (storage.runs_dir / "Not A Run").mkdir()
     (storage.runs_dir / "Not A Run" / "identity.json").touch()
-    assert [record.name for record in list_runs(storage)] == ["b", "a"]
+    assert [record.name for record in list_runs(storage)] == ["b", "c", "a"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "7"])
+def test_a_damaged_identity_names_its_file(record, text):
+    record.claim_identity(IDENTITY)
+    (record.dir / "identity.json").write_text(text)
+    with pytest.raises(CorruptError, match=r"identity\.json"):
+        record.identity()
 
 
 def test_a_record_travels(record):

@@ -316,6 +316,44 @@ def test_a_damaged_identity_or_delivered_file_does_not_stop_delivery(tracker, st
     assert len(tracker.status().warnings) == 2
 
 
+@pytest.mark.parametrize("what", ["journal", "identity", "delivered", "logs"])
+def test_a_run_that_cannot_be_read_does_not_hold_up_the_others(tracker, storage, fake, what):
+    bad = begin(storage, "a-bad")
+    finish(bad, state="failed")
+    delivered = storage.tracking_dir / "delivered"
+    delivered.mkdir(parents=True)
+    bad.logs_dir.mkdir()
+    if what == "journal":  # a folder in its place: the same OSError for every user, root too
+        bad.journal_path.unlink()
+        bad.journal_path.mkdir()
+    elif what == "identity":
+        (bad.dir / "identity.json").write_bytes(b"\xff\xfe")
+    elif what == "delivered":
+        (delivered / "a-bad.json").mkdir()
+    else:
+        (bad.logs_dir / "rank-0.log").mkdir()
+    finish(begin(storage, "b-good"))
+    for _ in range(3):
+        assert tracker.flush().state in ("ok", "behind")
+    states = {run.name: run.state for run in fake.runs.values()}
+    assert states["b-good"] == "finished"
+    (warning,) = tracker.status().warnings
+    assert "a-bad" in warning
+
+
+def test_a_run_that_can_be_read_again_is_delivered(tracker, storage, fake):
+    record = begin(storage)
+    finish(record)
+    text = record.journal_path.read_text()
+    record.journal_path.unlink()
+    record.journal_path.mkdir()
+    tracker.flush()
+    record.journal_path.rmdir()
+    record.journal_path.write_text(text)
+    assert tracker.flush().state == "ok"
+    assert [run.state for run in fake.runs.values()] == ["finished"]
+
+
 def test_trials_of_a_sweep_are_together(tracker, storage, fake):
     storage.sweep_dir("search").mkdir(parents=True)
     for name in ("search-t001", "other-t001"):

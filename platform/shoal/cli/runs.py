@@ -33,7 +33,7 @@ def runs(
     if name is not None:
         _show_run(find_run(storage(), name).record)
         return
-    records = list_runs(storage())[::-1]
+    records = list_runs(storage())
     if not records:
         say("no runs yet; start one: shoal train MODULE")
         return
@@ -49,6 +49,15 @@ def show_runs(records: list[RunRecord]) -> None:
 
 
 def _row(record: RunRecord) -> tuple[Any, ...]:
+    from shoal.errors import CorruptError, StorageError
+
+    try:
+        return _facts_of(record)
+    except (CorruptError, StorageError, OSError):  # `shoal runs NAME` says what is wrong with it
+        return (record.name, "damaged", "", "", "", "", "")
+
+
+def _facts_of(record: RunRecord) -> tuple[Any, ...]:
     from shoal.cli.console import age_text
     from shoal.train.run import objective_of
 

@@ -10,9 +10,12 @@ from shoal.cli.command import CLUSTER, command
 
 if TYPE_CHECKING:
     from shoal.cluster import ClusterInfo, ClusterStatus
+    from shoal.tracking import RunRecord, TrackerStatus
 
 NUM_RUNS = 5
 """Runs that are not running, shown beside those that are."""
+TRACKER_TIMEOUT_S = 10.0
+"""A tracker on a busy machine answers later; the command does not wait for it."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -54,9 +57,38 @@ def _show_cluster(seen: ClusterStatus) -> None:
             "dashboard": info.dashboard_url,
             "apps": info.serve_url,
             "storage": info.storage,
-            "tracking": info.tracking,
+            "tracking": _tracking_text(info),
         }
     )
+
+
+def _tracking_text(info: ClusterInfo) -> str:
+    """Where MLflow is and how far delivery is; a tracker that does not answer must not hide the rest."""
+    from shoal.cluster import attach
+    from shoal.errors import ShoalError
+    from shoal.tracking import ensure_tracker
+
+    try:
+        attach(info, timeout_s=TRACKER_TIMEOUT_S)
+        return delivery_text(ensure_tracker(info, timeout_s=TRACKER_TIMEOUT_S).status())
+    except ShoalError as error:
+        return f"{info.tracking}\nunknown how much waits: {error}"
+
+
+def delivery_text(status: TrackerStatus) -> str:
+    """How much of the runs MLflow does not know yet, why, and what it never will."""
+    from shoal.cli.console import size_text
+
+    lines = [status.uri]
+    if status.behind_runs:
+        lines.append(f"waiting: {size_text(status.behind_bytes)} of {status.behind_runs} runs")
+    elif status.state == "ok":
+        lines[0] += ", knows every run"
+    if status.error:
+        lines.append(f"tries again: {status.error}")
+    if status.warnings:
+        lines.append(f"{len(status.warnings)} warnings, the last: {status.warnings[-1]}")
+    return "\n".join(lines)
 
 
 def _show_pools(info: ClusterInfo) -> None:
@@ -100,10 +132,10 @@ def _show_runs(info: ClusterInfo) -> None:
     from shoal.cli.console import say
     from shoal.cli.runs import show_runs
     from shoal.storage import Storage
-    from shoal.tracking import RunState, list_runs
+    from shoal.tracking import list_runs
 
-    records = list_runs(Storage(info.storage))[::-1]
-    running = [record for record in records if record.state() == RunState.RUNNING]
+    records = list_runs(Storage(info.storage))
+    running = [record for record in records if _is_running(record)]
     shown = running + [record for record in records if record not in running][:NUM_RUNS]
     if not shown:
         say("no runs yet; start one: shoal train MODULE")
@@ -111,6 +143,15 @@ def _show_runs(info: ClusterInfo) -> None:
     show_runs(shown)
     if len(shown) < len(records):
         say(f"and {len(records) - len(shown)} more: shoal runs")
+
+
+def _is_running(record: RunRecord) -> bool:
+    from shoal.tracking import RunState
+
+    try:
+        return record.state() == RunState.RUNNING
+    except OSError:  # its row says that it is damaged
+        return False
 
 
 def _show_apps(info: ClusterInfo) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from shoal.serve.core.picture import to_grey as to_grey
     from shoal.serve.deploying import apps as apps
     from shoal.serve.deploying import delete as delete
+    from shoal.serve.deploying import deploy as deploy
     from shoal.serve.endpoint import Endpoint as Endpoint
     from shoal.serve.handle import App as App
     from shoal.serve.handle import AppStatus as AppStatus

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from shoal.cluster import NAMESPACE
 from shoal.errors import ShoalError, TrackingError
 from shoal.storage import Storage
 from shoal.tracking.registry import RegisteredModel, Registry, ResolvedModel
 from shoal.tracking.tracker import Tracker, TrackerStatus
 
 ACTOR_NAME = "tracker"
-NAMESPACE = "shoal"
 CALL_TIMEOUT_S = 60.0
 """Covers a tracker that is being restarted and opens its store (7 s here) while training has every core."""
 _RETRY_S = 0.2
@@ -127,11 +127,11 @@ class TrackerClient:
         )
 
 
-def ensure_tracker(place: TrackerPlace) -> TrackerClient:
+def ensure_tracker(place: TrackerPlace, *, timeout_s: float = CALL_TIMEOUT_S) -> TrackerClient:
     """The cluster's one tracker, started if there is none; this process must be attached to the cluster.
 
     It is detached (it outlives this process), takes no CPU from the cluster's count, and comes back when its
-    process dies. Does not wait until it is ready.
+    process dies. Does not wait until it is ready. ``timeout_s`` bounds each call of the client.
 
     Raises:
         TrackingError: the cluster cannot start it.
@@ -154,7 +154,7 @@ def ensure_tracker(place: TrackerPlace) -> TrackerClient:
         )
     except (ray.exceptions.RayError, ValueError) as error:
         raise TrackingError(f"the cluster cannot start its tracker: {error}. See `shoal status`") from error
-    return TrackerClient(handle)
+    return TrackerClient(handle, timeout_s=timeout_s)
 
 
 def open_registry(place: TrackerPlace) -> Registry:

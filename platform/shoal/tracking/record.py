@@ -9,10 +9,11 @@ import re
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.errors import IdentityError, NotFoundError, RequestError
+from shoal.errors import CorruptError, IdentityError, NotFoundError, RequestError
 from shoal.storage import FileLock, Storage, append_line, create_json, read_json
 from shoal.tracking.journal import (
     Event,
@@ -79,7 +80,9 @@ class RunRecord:
         """
         if not self._identity_path.exists():
             return None
-        identity: dict[str, Any] = read_json(self._identity_path)
+        identity = read_json(self._identity_path)
+        if not isinstance(identity, dict):
+            raise CorruptError(f"{self._identity_path} is damaged: it holds no identity of a run")
         return identity
 
     def claim_identity(self, identity: Mapping[str, Any]) -> bool:
@@ -265,13 +268,14 @@ def check_run_name(name: str) -> str:
 
 
 def list_runs(storage: Storage) -> list[RunRecord]:
-    """The records of all runs on ``storage``, the oldest first."""
-    found = [
-        (identity.stat().st_mtime, identity.parent.name)
-        for identity in storage.runs_dir.glob("*/identity.json")
-        if _RUN_NAME.fullmatch(identity.parent.name)
-    ]
-    return [RunRecord(storage, name) for _, name in sorted(found)]
+    """The records of all runs on ``storage``, the newest first."""
+    found = []
+    for identity in storage.runs_dir.glob("*/identity.json"):
+        # A run that is deleted meanwhile is none.
+        with suppress(FileNotFoundError):
+            if _RUN_NAME.fullmatch(identity.parent.name):
+                found.append((identity.stat().st_mtime_ns, identity.parent.name))
+    return [RunRecord(storage, name) for _, name in sorted(found, reverse=True)]
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, str, str]]:

@@ -7,7 +7,8 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,6 +107,8 @@ class Tracker:
         self._polling = threading.Lock()
         self._progress: dict[str, _Progress] = {}
         self._warnings: list[str] = []
+        self._troubled: set[str] = set()
+        """Runs whose delivery failed at the last try, each warned of once."""
         self._error = ""
         self._failures = 0
         self._not_before = float("-inf")
@@ -208,18 +211,36 @@ class Tracker:
         self._not_before = self._clock() + delay
 
     def _deliver_all(self) -> None:
-        records = list_runs(self._storage)
+        records = list_runs(self._storage)[::-1]
         for name in self._progress.keys() - {record.name for record in records}:
             del self._progress[name]  # its directory is gone
         # Measure first: when MLflow does not answer, status still says how much waits.
-        waiting = [
-            (record, progress) for record in records if (progress := self._measure(record)) is not None
-        ]
+        waiting = []
+        for record in records:
+            with self._apart(record.name):
+                if (progress := self._measure(record)) is not None:
+                    waiting.append((record, progress))
         store = self.store()
         for record, progress in waiting:
             if self._closing.is_set():
                 return
-            self._deliver(store, record, progress)
+            with self._apart(record.name):
+                self._deliver(store, record, progress)
+                self._troubled.discard(record.name)
+
+    @contextmanager
+    def _apart(self, run: str) -> Iterator[None]:
+        """Keep trouble with one run's files from the others: one warning, and the next pass tries it again."""
+        try:
+            yield
+        except TrackingError:
+            raise  # MLflow does not answer, for any run
+        except Exception as error:  # a bug too must not end delivery for every run
+            if run not in self._troubled:
+                self._troubled.add(run)
+                if not isinstance(error, ShoalError | OSError):
+                    logger.exception("a fault in delivering run %s", run)
+                self._warn(f"run {run} is not delivered: {error or type(error).__name__}")
 
     def _measure(self, record: RunRecord) -> _Progress | None:
         """How far the run's journal has been delivered and what waits; ``None`` before its first line."""
@@ -305,7 +326,7 @@ class Tracker:
         for batch in plan_params(identity):
             self._log(store, record.name, run_id, batch)
         if (record.dir / "identity.json").exists():
-            text = (record.dir / "identity.json").read_text()
+            text = (record.dir / "identity.json").read_text(errors="replace")
             self._keep(store, record.name, run_id, text, "identity.json")
         progress.run_id = run_id  # last: cut off before, all of this is done again
 

@@ -1,0 +1,93 @@
+"""A cluster ends with the process that started it, and with no other; without one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from projects import write_project
+from shoal import api
+from shoal.config import load
+
+
+@dataclass
+class Fakes:
+    """What `shoal.api` reaches of the cluster room, replaced."""
+
+    up_gives: str | None = None
+    """Id of the cluster that ``up`` finds; None: it starts the planned one."""
+    recorded: str | None = None
+    """Id in the project's record."""
+    at_exit: list[Callable[[], None]] = field(default_factory=list)
+    downs: list[Path] = field(default_factory=list)
+    prepared: list[str] = field(default_factory=list)
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
+    fakes = Fakes()
+
+    def up_plan(plan: Any, **_: object) -> Any:
+        fakes.recorded = fakes.up_gives or plan.cluster_id
+        return SimpleNamespace(
+            cluster_id=fakes.recorded, project=plan.project, record=plan.project / "cluster.json"
+        )
+
+    def register(function: Callable[..., None], *arguments: Any) -> None:
+        fakes.at_exit.append(lambda: function(*arguments))
+
+    monkeypatch.setattr(api, "up_plan", up_plan)
+    monkeypatch.setattr(
+        api, "read_record", lambda _: fakes.recorded and SimpleNamespace(cluster_id=fakes.recorded)
+    )
+    monkeypatch.setattr(api, "attach_driver", lambda info: fakes.prepared.append(info.cluster_id))
+    monkeypatch.setattr(api, "ensure_tracker", lambda _: None)
+    monkeypatch.setattr(api, "add_warm_processes", lambda _: None)
+    monkeypatch.setattr(api, "detach", lambda: None)
+    monkeypatch.setattr(api.clusters, "find", lambda _: None)
+    monkeypatch.setattr(api.clusters, "down", fakes.downs.append)
+    monkeypatch.setattr(api.atexit, "register", register)
+    return fakes
+
+
+def start(folder: Path) -> None:
+    """As `connect` does where no cluster runs."""
+    project = write_project(folder)
+    api._start(load(project), project)
+
+
+def test_a_cluster_that_connect_started_ends_with_the_process(tmp_path: Path, fakes: Fakes) -> None:
+    start(tmp_path)
+    assert fakes.prepared == [fakes.recorded]
+    for end in fakes.at_exit:
+        end()
+    assert fakes.downs == [tmp_path]
+
+
+def test_one_that_another_process_started_meanwhile_does_not(tmp_path: Path, fakes: Fakes) -> None:
+    fakes.up_gives = "another"
+    start(tmp_path)
+    assert (fakes.at_exit, fakes.prepared) == ([], [])
+
+
+@pytest.mark.parametrize("recorded", [None, "a later one"])
+def test_one_that_was_ended_or_replaced_is_let_be(
+    tmp_path: Path, fakes: Fakes, recorded: str | None
+) -> None:
+    start(tmp_path)
+    fakes.recorded = recorded
+    for end in fakes.at_exit:
+        end()
+    assert len(fakes.at_exit) == 1
+    assert fakes.downs == []
+
+
+def test_what_shoal_up_starts_stays(tmp_path: Path, fakes: Fakes) -> None:
+    project = write_project(tmp_path)
+    api.bring_up(load(project), project, say=print)
+    assert (len(fakes.prepared), fakes.at_exit) == (1, [])
