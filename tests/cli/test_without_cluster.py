@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -107,6 +108,8 @@ def test_doctor_shows_findings(project: Path, shoal: Shoal) -> None:
     outcome = shoal("doctor")
     assert outcome.code == 0, outcome.out + outcome.err
     assert "versions" in outcome.out
+    assert re.search(r"ok +storage .*\.shoal: .* free", outcome.out), outcome.out
+    assert not (project / ".shoal").exists()
 
 
 def test_runs_lists_them_within_100_columns(project: Path, shoal: Shoal) -> None:
@@ -159,7 +162,7 @@ def test_status_says_how_much_tracking_waits() -> None:
     behind = replace(
         fine, state="error", behind_runs=2, behind_bytes=2048, error="down", warnings=("first", "second")
     )
-    lines = ["http://mlflow", "waiting: 2.0 KiB of 2 runs", "tries again: down"]
+    lines = ["http://mlflow", "waiting: 2 KiB of 2 runs", "tries again: down"]
     assert delivery_text(behind).split("\n") == [*lines, "2 warnings, the last: second"]
 
 

@@ -10,9 +10,11 @@ import signal
 from pathlib import Path
 
 import pytest
-import shoal.storage.layout as layout
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from storage_faults import SteppedDisk, dying_disk, failing_disk, in_child, num_steps, start_child, wait_child
+
+import shoal.storage.layout as layout
 from shoal.errors import CorruptError, NotFoundError, RequestError, StorageError
 from shoal.storage import (
     MAX_LINE_BYTES,
@@ -24,7 +26,6 @@ from shoal.storage import (
     read_lines,
     write_json,
 )
-from storage_faults import SteppedDisk, dying_disk, failing_disk, in_child, num_steps, start_child, wait_child
 
 
 def test_json_comes_back(tmp_path: Path) -> None:
@@ -208,6 +209,17 @@ def test_a_name_cannot_lead_elsewhere(tmp_path: Path, name: str) -> None:
     for directory in (storage.run_dir, storage.sweep_dir, lambda name: storage.model_dir(name, 1)):
         with pytest.raises(RequestError, match="cannot be the name"):
             directory(name)
+
+
+def test_probing_leaves_everything_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Storage(tmp_path / "not" / "yet").probe()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file"):
+        Storage(tmp_path / "file" / "below").probe()
+    monkeypatch.setattr(layout, "free_bytes", lambda _: 1)
+    with pytest.raises(StorageError, match="only 1 B free"):
+        Storage(tmp_path / "not").probe()
 
 
 def test_storage_is_made_and_checked(tmp_path: Path) -> None:

@@ -66,15 +66,6 @@ def duration_text(seconds: float) -> str:
     return f"{seconds / 86400:.0f}d"
 
 
-def size_text(size_bytes: float) -> str:
-    """A number of bytes for a person: ``3.2 MiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size_bytes < 1024:
-            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= 1024
-    return f"{size_bytes:.1f} TiB"
-
-
 def values_text(values: Mapping[str, float] | None) -> str:
     """Metrics in one line: ``accuracy 0.97  loss 0.11``."""
     return "  ".join(f"{name} {value:.4g}" for name, value in (values or {}).items())

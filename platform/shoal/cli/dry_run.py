@@ -6,7 +6,7 @@ import math
 import time
 from typing import TYPE_CHECKING
 
-from shoal.cli.console import say, show_facts, size_text
+from shoal.cli.console import say, show_facts
 from shoal.errors import RequestError
 
 if TYPE_CHECKING:
@@ -100,6 +100,8 @@ def _one_step(spec: RunSpec) -> tuple[Session, Datasets, float]:
 
 
 def _facts(spec: RunSpec, session: Session, data: Datasets, seconds: float, workers: Range) -> dict[str, str]:
+    from shoal.storage.disk import size_text
+
     num_parameters = sum(p.numel() for p in session.model.parameters())
     loss = (session.take_progress() or {"loss": math.nan})["loss"]
     splits = {"train": data.train, "val": data.val, "test": data.test}

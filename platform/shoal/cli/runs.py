@@ -107,7 +107,8 @@ def _show_run(record: RunRecord) -> None:
 
 
 def _event_text(event: dict[str, Any]) -> str:
-    from shoal.cli.console import size_text, values_text
+    from shoal.cli.console import values_text
+    from shoal.storage.disk import size_text
 
     kind = event["kind"]
     when = time.strftime("%H:%M:%S", time.localtime(event["t"]))

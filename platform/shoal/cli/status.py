@@ -77,7 +77,7 @@ def _tracking_text(info: ClusterInfo) -> str:
 
 def delivery_text(status: TrackerStatus) -> str:
     """How much of the runs MLflow does not know yet, why, and what it never will."""
-    from shoal.cli.console import size_text
+    from shoal.storage.disk import size_text
 
     lines = [status.uri]
     if status.behind_runs:
@@ -166,6 +166,6 @@ def _show_apps(info: ClusterInfo) -> None:
 
 
 def _amount(resource: str, amount: float) -> str:
-    from shoal.cli.console import size_text
+    from shoal.storage.disk import size_text
 
     return size_text(amount) if resource == "memory" else f"{amount:g}"

@@ -18,6 +18,7 @@ from shoal.cluster.info import ClusterInfo
 from shoal.cluster.lifecycle import STARTING_NAME, check_installation
 from shoal.errors import ClusterError, RequestError, ShoalError
 from shoal.storage import MIN_FREE_BYTES, Storage
+from shoal.storage.disk import nearest_existing
 
 SHARED_MEMORY = Path("/dev/shm")
 MIN_SHARED_MEMORY_BYTES = 512 * 2**20
@@ -84,7 +85,7 @@ def _shared_memory() -> Finding:
 
 
 def _free_space(subject: str, folder: Path, least: int) -> Finding:
-    usage = shutil.disk_usage(folder)
+    usage = shutil.disk_usage(nearest_existing(folder))
     message = f"{folder}: {_gib(usage.free)} of {_gib(usage.total)} free"
     if usage.free >= least:
         return Finding(subject=subject, level="ok", message=message)
@@ -93,7 +94,7 @@ def _free_space(subject: str, folder: Path, least: int) -> Finding:
 
 def _storage(folder: Path) -> list[Finding]:
     try:
-        Storage(folder).check()
+        Storage(folder).probe()
     except ShoalError as error:
         step = "make it writable, or name another folder: storage in cluster.yaml"
         return [Finding(subject="storage", level="error", message=str(error), next_step=step)]

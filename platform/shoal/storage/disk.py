@@ -115,19 +115,23 @@ def storage_error(action: str, path: Path, error: OSError) -> StorageError:
 
 def free_bytes(path: Path) -> int:
     """Bytes that this user may still write on the file system of ``path`` (or of its nearest parent)."""
+    return shutil.disk_usage(nearest_existing(path)).free
+
+
+def nearest_existing(path: Path) -> Path:
+    """``path``, or where it does not exist the first folder above it that does."""
     while not path.exists() and path != path.parent:
         path = path.parent
-    return shutil.disk_usage(path).free
+    return path
 
 
-def size_text(size_bytes: int) -> str:
-    """A size for people, such as ``1.5 GiB``."""
-    size = float(size_bytes)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
+def size_text(size_bytes: float) -> str:
+    """A number of bytes for people: ``3.2 MiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size_bytes < 1024 or unit == "TiB":
+            break
+        size_bytes /= 1024
+    return f"{size_bytes:.1f}".removesuffix(".0") + f" {unit}"
 
 
 def _free_text(path: Path) -> str:

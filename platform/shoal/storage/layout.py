@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shoal.errors import RequestError
-from shoal.storage.disk import LOCAL_DISK, Disk, free_bytes, make_directories, size_text, storage_error
+from shoal.storage.disk import (
+    LOCAL_DISK,
+    Disk,
+    free_bytes,
+    make_directories,
+    nearest_existing,
+    size_text,
+    storage_error,
+)
 from shoal.storage.owner import temporary_path
 
 MIN_FREE_BYTES = 128 * 2**20
@@ -63,14 +71,26 @@ class Storage:
         Raises:
             StorageError: it is not a folder, not writable, or has less than `MIN_FREE_BYTES` free.
         """
-        probe = temporary_path(self.root / "probe")
         try:
             make_directories(self.root, disk)
-            if (free := free_bytes(self.root)) < MIN_FREE_BYTES:
+        except OSError as error:
+            raise storage_error("use the storage folder", self.root, error) from error
+        self.probe(disk=disk)
+
+    def probe(self, *, disk: Disk = LOCAL_DISK) -> None:
+        """As `check`, and leave everything as it is: a folder that does not exist is tried by the one above it.
+
+        Raises:
+            StorageError: as `check`.
+        """
+        folder = nearest_existing(self.root)
+        file = temporary_path(folder / "probe")
+        try:
+            if (free := free_bytes(folder)) < MIN_FREE_BYTES:
                 needed = f"only {size_text(free)} free, shoal needs {size_text(MIN_FREE_BYTES)}"
                 raise OSError(errno.ENOSPC, needed, str(self.root))
-            disk.write_file(probe, os.urandom(512))
-            disk.remove(probe)
+            disk.write_file(file, os.urandom(512))
+            disk.remove(file)
         except OSError as error:
             raise storage_error("use the storage folder", self.root, error) from error
 
