@@ -76,9 +76,7 @@ def test_one_that_another_process_started_meanwhile_does_not(tmp_path: Path, fak
 
 
 @pytest.mark.parametrize("recorded", [None, "a later one"])
-def test_one_that_was_ended_or_replaced_is_let_be(
-    tmp_path: Path, fakes: Fakes, recorded: str | None
-) -> None:
+def test_one_that_was_ended_or_replaced_is_let_be(tmp_path: Path, fakes: Fakes, recorded: str | None) -> None:
     start(tmp_path)
     fakes.recorded = recorded
     for end in fakes.at_exit:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from config_reading import LAPTOP, Read
+
 from shoal.config import ClusterConfig, load
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from config_reading import Read
+
 from shoal.config import Machine, load
 from shoal.errors import ConfigError
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from config_reading import Read
 from pydantic import ValidationError
+
 from shoal.config import ClusterConfig, Duration, Machine, Range, Size, find, is_loopback, load, notes
 from shoal.errors import ConfigError
 

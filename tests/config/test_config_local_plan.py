@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from config_reading import LAPTOP, Read
+
 from shoal.config import LocalPool, Machine
 from shoal.config.machine import _container_limits, _count_gpus
 from shoal.errors import ConfigError

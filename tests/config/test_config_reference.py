@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from jsonschema import Draft202012Validator
+
 from shoal.config import ClusterConfig, json_schema
 from shoal.config.load import _PLACEHOLDERS
 from shoal.config.reference import reference_page

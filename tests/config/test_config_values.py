@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from pydantic import TypeAdapter, ValidationError
+
 from shoal.config.values import Duration, Gpus, Range, Size
 from shoal.errors import RequestError
 

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
 from shoal.errors import CorruptError, NotFoundError, RecipeError, RequestError, ShoalError, StorageError
 from shoal.models import Lineage, ModelPackage, write_package
 from shoal.recipe import load_recipe
 from shoal.storage import Disk, Manifest, commit, verify
-from torch import nn
-from torch.utils.data import TensorDataset
 
 LINEAGE = Lineage(
     recipe="models_project:Small",

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_model, save_file
+from torch import Tensor, nn
+
 from shoal.errors import CorruptError, RecipeError, StorageError
 from shoal.models import load_tensors, save_tensors
 from shoal.storage import commit
-from torch import Tensor, nn
 
 
 def round_trip(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

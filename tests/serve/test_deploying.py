@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -235,13 +237,48 @@ def test_what_cannot_be_deployed_changes_nothing(served: Any, cluster: Any) -> N
 
 
 def test_beyond_loopback_without_keys_is_refused() -> None:
-    from types import SimpleNamespace
-
     from shoal.serve.builder import serve_settings
 
     config = {"version": 1, "name": "x", "head": {"cpu": 1, "memory": "1Gi"}, "serve": {"host": "0.0.0.0"}}
     with pytest.raises(AccessError, match=r"serve\.keys_file"):
         serve_settings(SimpleNamespace(config=config))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("written", ["~/keys.txt", "keys.txt", "/etc/keys.txt"])
+def test_client_and_replicas_read_the_keys_where_the_file_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str
+) -> None:
+    from shoal.serve import builder, handle
+    from shoal.serve.core import keys
+
+    monkeypatch.setenv("HOME", "/home/ann")
+    expected = {"~": "/home/ann/keys.txt", "k": f"{tmp_path}/keys.txt", "/": "/etc/keys.txt"}[written[0]]
+    config = {"version": 1, "name": "x", "serve": {"keys_file": written}}
+    info = SimpleNamespace(config=config, project=tmp_path, storage=tmp_path)
+    monkeypatch.setattr(keys, "read_keys", lambda path: [str(path)])
+    assert handle._key_header(info) == {"X-API-Key": expected}  # type: ignore[arg-type]
+
+    bound: dict[str, Any] = {}
+    deployment = SimpleNamespace(bind=lambda **arguments: bound.update(arguments))
+    monkeypatch.setattr("ray.serve.deployment", lambda *_, **__: deployment)
+    monkeypatch.setattr(builder, "_replica_class", lambda endpoint: endpoint)
+    builder._bind(SimpleNamespace(num_cpus=1), info, {})  # type: ignore[arg-type]
+    assert bound["keys_file"] == expected
+
+
+def test_only_the_newest_logs_of_replicas_are_kept_and_those_of_live_ones(tmp_path: Path) -> None:
+    from shoal.serve.replica_logs import prune
+
+    prune(tmp_path / "not yet", live=())
+    names = [f"replica_digits_endpoint_{letter}.log" for letter in "abcde"] + [
+        "replica_digits_endpoint_a.log.1",
+        "other.log",
+    ]
+    for age, name in enumerate(names):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    prune(tmp_path, live={"d"}, keep=2)
+    assert {path.name for path in tmp_path.iterdir()} == {names[0], names[1], names[3], "other.log"}
 
 
 def _replica_pids(cluster: Any, name: str) -> set[int]:

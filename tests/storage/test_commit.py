@@ -12,8 +12,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from shoal.errors import CorruptError, StorageError
-from shoal.storage import MANIFEST, Disk, collect_orphans, commit, discard, newest_verified, verify
 from storage_faults import (
     CONTENT,
     commit_content,
@@ -23,6 +21,9 @@ from storage_faults import (
     num_steps,
     write_content,
 )
+
+from shoal.errors import CorruptError, StorageError
+from shoal.storage import MANIFEST, Disk, collect_orphans, commit, discard, newest_verified, verify
 
 
 def names(folder: Path) -> list[str]:

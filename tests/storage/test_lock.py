@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from storage_faults import start_child, wait_child
+
 from shoal.errors import DeadlineExceeded
 from shoal.storage import FileLock
-from storage_faults import start_child, wait_child
 
 
 def test_one_holder_at_a_time(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from storage_faults import commit_content, start_child, wait_child
+
 from shoal.storage import collect_orphans
 from shoal.storage.owner import FOREIGN_AFTER_S, Owner, temporary_path
-from storage_faults import commit_content, start_child, wait_child
 
 
 def unfinished(parent: Path, **changes: object) -> Path:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from storage_faults import CONTENT, commit_content, in_child
+
 from shoal.errors import CorruptError, StorageError
 from shoal.storage import MANIFEST, newest_verified, verify
-from storage_faults import CONTENT, commit_content, in_child
 
 # By name: `shoal.storage.commit`, the attribute, is the function.
 protocol = importlib.import_module("shoal.storage.commit")
