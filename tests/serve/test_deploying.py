@@ -248,7 +248,7 @@ def test_beyond_loopback_without_keys_is_refused() -> None:
 def test_client_and_replicas_read_the_keys_where_the_file_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str
 ) -> None:
-    from shoal.serve import builder, handle
+    from shoal.serve import Endpoint, builder, handle
     from shoal.serve.core import keys
 
     monkeypatch.setenv("HOME", "/home/ann")
@@ -261,8 +261,7 @@ def test_client_and_replicas_read_the_keys_where_the_file_says(
     bound: dict[str, Any] = {}
     deployment = SimpleNamespace(bind=lambda **arguments: bound.update(arguments))
     monkeypatch.setattr("ray.serve.deployment", lambda *_, **__: deployment)
-    monkeypatch.setattr(builder, "_replica_class", lambda endpoint: endpoint)
-    builder._bind(SimpleNamespace(num_cpus=1), info, {})  # type: ignore[arg-type]
+    builder._bind(Endpoint, info, {})  # type: ignore[arg-type]
     assert bound["keys_file"] == expected
 
 

@@ -166,7 +166,7 @@ class Serve(Section):
     request_timeout: PositiveDuration = Duration(30)
     """How long a request may take before it is answered with 504."""
     max_queue: Count = 200
-    """Requests that may wait; more are answered with 503 and Retry-After."""
+    """Requests inside one replica at once, those being answered included; more get 503 and Retry-After."""
     batch: Count = 32
     """Requests that a replica answers in one pass of the model, at most."""
     batch_wait: Duration = Duration(0)

@@ -88,6 +88,13 @@ def serve_settings(info: ClusterInfo) -> Serve:
     return settings
 
 
+def keys_path(info: ClusterInfo) -> Path | None:
+    """The file of API keys, absolute; None where the cluster asks for none."""
+    from shoal.config import ClusterConfig
+
+    return ClusterConfig.from_dict(info.config).keys_path(info.project)
+
+
 def deployment_options(settings: Serve) -> dict[str, Any]:
     """Ray Serve's options for one app under the ``serve`` section ``settings``. Pure.
 
@@ -127,7 +134,7 @@ def _bind(endpoint: type[Endpoint], info: ClusterInfo, user_config: Mapping[str,
     from ray import serve
 
     settings = serve_settings(info)
-    keys_file = None if settings.keys_file is None else str(Path(info.project) / settings.keys_file)
+    keys_file = keys_path(info)
     replica = serve.ingress()(_replica_class(endpoint))
     deployment = serve.deployment(
         replica,
@@ -144,7 +151,7 @@ def _bind(endpoint: type[Endpoint], info: ClusterInfo, user_config: Mapping[str,
             deadline_s=float(settings.request_timeout),
             max_queue=settings.max_queue,
         ),
-        keys_file=keys_file,
+        keys_file=None if keys_file is None else str(keys_file),
         batch_size=settings.batch,
         batch_wait_s=float(settings.batch_wait),
     )

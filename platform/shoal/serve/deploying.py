@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.errors import ClusterError, DeadlineExceeded, NotFoundError, RequestError
+from shoal.serve import replica_logs
 from shoal.serve.builder import DEPLOYMENT, resolve, serve_settings
 from shoal.serve.handle import App, answering_model
 from shoal.serve.rest import read_serve, write_serve
+from shoal.storage import Storage
 
 if TYPE_CHECKING:
     from shoal.cluster import ClusterInfo
@@ -80,6 +82,7 @@ def deploy(
             _send(info, {**running, name: before} if before else _without(running, name))
             raise
     _wait_answers(app, _SETTLE_S)
+    _prune_logs(info)
     return app
 
 
@@ -164,6 +167,16 @@ def _send(info: ClusterInfo, running: Mapping[str, AppConfig]) -> None:
     settings = serve_settings(info)
     http_options = {"host": settings.host, "port": info.serve_port}
     write_serve(info, {"http_options": http_options, "applications": list(running.values())})
+
+
+def _prune_logs(info: ClusterInfo) -> None:
+    live = {
+        replica["replica_id"]
+        for app in read_serve(info)["applications"].values()
+        for deployment in (app.get("deployments") or {}).values()
+        for replica in deployment.get("replicas") or ()
+    }
+    replica_logs.prune(Storage(info.storage).app_logs_dir, live=live)
 
 
 def _wait_running(info: ClusterInfo, name: str, *, deadline_s: float) -> None:

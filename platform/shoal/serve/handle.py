@@ -128,11 +128,11 @@ def _encode(sample: Any) -> tuple[bytes, str]:
 
 
 def _key_header(info: ClusterInfo) -> dict[str, str]:
-    from shoal.serve.builder import serve_settings
+    from shoal.serve.builder import keys_path
     from shoal.serve.core.keys import read_keys
 
-    keys_file = serve_settings(info).keys_file
-    return {} if keys_file is None else {"X-API-Key": read_keys(Path(info.project) / keys_file)[0]}
+    keys_file = keys_path(info)
+    return {} if keys_file is None else {"X-API-Key": read_keys(keys_file)[0]}
 
 
 def _as_error(name: str, error: urllib.error.HTTPError) -> Exception:
