@@ -14,6 +14,7 @@ from shoal.cli import (
     apps,
     check,
     doctor,
+    init,
     lifecycle,
     logs,
     models,
@@ -51,5 +52,5 @@ def _options(
     """Options of the command as a whole."""
 
 
-for topic in (lifecycle, status, check, doctor, train, tune, runs, logs, stop, ui, models, apps):
+for topic in (init, lifecycle, status, check, doctor, train, tune, runs, logs, stop, ui, models, apps):
     topic.add_to(app)

@@ -1,0 +1,1 @@
+"""Jobs: one file, one recipe and a main."""

@@ -1,0 +1,1 @@
+"""Apps: one file, one endpoint, and its YAML beside it."""
