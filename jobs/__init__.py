@@ -1,7 +1,7 @@
 """Jobs: one file, one recipe and a main.
 
 Putting ``platform/`` on the path here makes ``python -m jobs.digits`` work from a bare upload, on a cluster
-that has shoal's dependencies but not shoal. Nothing else in the project touches ``sys.path``.
+that has shoal's dependencies but not shoal.
 """
 
 import importlib.util
