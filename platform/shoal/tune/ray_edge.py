@@ -5,7 +5,7 @@ Ray starts a fresh process for it, which imports torch again: 2 to 4 s per trial
 warm process (`shoal.cluster.warm`). Tune's own results, logs and pickled state go to a folder that is deleted
 at the end; what a trial has to say is in its run's record.
 
-``tests/tune/test_ray_edge.py`` fails, naming what to look at, when an upgrade moves a private name used here.
+``tests/tune/test_tune_ray_edge.py`` fails, naming what to look at, when an upgrade moves a private name used here.
 Imports ray at the top: it is only imported to run a sweep.
 """
 
