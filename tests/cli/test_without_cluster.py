@@ -16,6 +16,7 @@ import pytest
 from command_line import Shoal
 from rich.text import Text
 
+from shoal.errors import ClusterError, TrackingError
 from shoal.storage import Storage
 from shoal.tracking import RunRecord
 
@@ -166,18 +167,26 @@ def test_status_says_how_much_tracking_waits() -> None:
     assert delivery_text(behind).split("\n") == [*lines, "2 warnings, the last: second"]
 
 
-def test_status_goes_on_without_a_tracker(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (ClusterError("gone"), "gone"),
+        (TrackingError("x"), "no answer within 5 s; the tracker is starting, or the machine is busy"),
+    ],
+)
+def test_status_goes_on_without_a_tracker(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, why: str
+) -> None:
     from shoal import cluster
     from shoal.cli.status import _tracking_text
-    from shoal.errors import ClusterError
 
     def silent(*_: object, timeout_s: float) -> None:
         assert timeout_s <= 10
-        raise ClusterError("no answer")
+        raise error
 
     monkeypatch.setattr(cluster, "attach", silent)
     info = SimpleNamespace(tracking="http://mlflow")
-    assert _tracking_text(info).split("\n") == ["http://mlflow", "unknown how much waits: no answer"]  # type: ignore[arg-type]
+    assert _tracking_text(info).split("\n") == ["http://mlflow", f"unknown how much waits: {why}"]  # type: ignore[arg-type]
 
 
 def test_runs_shows_one_closely(project: Path, shoal: Shoal) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 NUM_RUNS = 5
 """Runs that are not running, shown beside those that are."""
-TRACKER_TIMEOUT_S = 10.0
+TRACKER_TIMEOUT_S = 5.0
 """A tracker on a busy machine answers later; the command does not wait for it."""
 
 
@@ -65,14 +65,17 @@ def _show_cluster(seen: ClusterStatus) -> None:
 def _tracking_text(info: ClusterInfo) -> str:
     """Where MLflow is and how far delivery is; a tracker that does not answer must not hide the rest."""
     from shoal.cluster import attach
-    from shoal.errors import ShoalError
+    from shoal.errors import ShoalError, TrackingError
     from shoal.tracking import ensure_tracker
 
     try:
         attach(info, timeout_s=TRACKER_TIMEOUT_S)
         return delivery_text(ensure_tracker(info, timeout_s=TRACKER_TIMEOUT_S).status())
+    except TrackingError:
+        why = f"no answer within {TRACKER_TIMEOUT_S:g} s; the tracker is starting, or the machine is busy"
     except ShoalError as error:
-        return f"{info.tracking}\nunknown how much waits: {error}"
+        why = str(error)
+    return f"{info.tracking}\nunknown how much waits: {why}"
 
 
 def delivery_text(status: TrackerStatus) -> str:
