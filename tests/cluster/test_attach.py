@@ -41,6 +41,8 @@ def make_ray(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(ray_edge, "prepare_driver", lambda: None)
         return ray
 
+    # The suite's own cluster is attached to this process: what that remembers is not ours to restore.
+    monkeypatch.setattr(sys.modules["shoal.cluster.attach"], "_overwritten", {})
     monkeypatch.setenv("RAY_ADDRESS", "another:1")
     monkeypatch.delenv("SHOAL_CLUSTER", raising=False)
     return make
