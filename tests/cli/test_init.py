@@ -119,6 +119,7 @@ def test_the_recipe_learns_and_the_app_answers_with_its_model(
         answer = post(asgi, json.dumps(example).encode(), "application/json")
         assert answer.status == 200, answer.body
         assert (answer.json["class"], answer.json["model"]) == (expected, "churn")
+        assert len(answer.json["probabilities"]) == 2
         assert sum(answer.json["probabilities"]) == pytest.approx(1, abs=1e-5)
     assert get(asgi, "/openapi.json").status == 200
     for body in (
