@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def outside_environment(**extra: str) -> dict[str, str]:
+    """What a new shell has, with this Python's programs on its path: nothing of a cluster this process knows."""
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("RAY_", "SHOAL_")) and name != "PYTHONPATH"
+    }
+    path = f"{Path(sys.executable).parent}{os.pathsep}{inherited.get('PATH', '')}"
+    return {**inherited, "PATH": path, **extra}
 
 
 def write_project(folder: Path, *, name: str = "test", cpu: int = 4, extra: str = "") -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from projects import ROOT, write_project
+from projects import ROOT, outside_environment, write_project
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.M | re.S)
@@ -20,11 +19,7 @@ MINUTES = 8
 
 
 def run_script(script: str, project: Path, *, interpreter: str) -> str:
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": f"{project}:{ROOT / 'platform'}",
-    }
+    environment = outside_environment(PYTHONPATH=f"{project}:{ROOT / 'platform'}")
     file = project / f"readme.{interpreter}"
     file.write_text(script)
     command = (
@@ -92,7 +87,7 @@ def test_the_five_minutes_work_as_written(tmp_path: Path) -> None:
         subprocess.run(
             [sys.executable, "-m", "shoal.cli", "down"],
             cwd=project,
-            env={**os.environ, "PYTHONPATH": str(ROOT / "platform")},
+            env=outside_environment(PYTHONPATH=str(ROOT / "platform")),
             timeout=90,
             check=False,
         )

@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from shoal.cluster import ClusterInfo, attach, doctor, down, environment, find, lifecycle, processes
-from shoal.errors import ClusterError
+from projects import outside_environment
+from shoal.cluster import ClusterInfo, doctor, down, environment, find, lifecycle, processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(400)]
 
@@ -58,6 +58,15 @@ def answer(info: ClusterInfo) -> str | None:
     return None
 
 
+ATTACH = """
+import sys
+from pathlib import Path
+from shoal.cluster import attach
+from shoal.cluster.info import read_record
+attach(read_record(Path(sys.argv[1])))
+"""
+
+
 def spawn_up(project: Path) -> subprocess.Popen[str]:
     paths = [str(Path(__file__).parent), str(Path(lifecycle.__file__).parents[2])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
@@ -95,8 +104,15 @@ def test_a_cluster_that_died_hard_is_cleaned_and_comes_back(
         os.kill(ref.pid, signal.SIGKILL)
     wait_until(lambda: not info.is_alive(), what="GCS and raylet are gone")
     assert find(project) is None
-    with pytest.raises(ClusterError, match="shoal up"):
-        attach(info)
+    refused = subprocess.run(  # in a process of its own: this one is attached to the suite's cluster
+        [sys.executable, "-c", ATTACH, str(info.record)],
+        env=outside_environment(PYTHONPATH=str(Path(lifecycle.__file__).parents[2])),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "no longer runs. Start it: shoal up" in refused.stderr
     assert "shoal down" in {f.next_step.split(" && ")[0] for f in doctor(project) if f.subject == "cluster"}
     assert processes.find(info.cluster_id), "nothing outlived the crash: this test shows nothing"
     assert down(project)

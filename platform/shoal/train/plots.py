@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from typing import TYPE_CHECKING
 
 from shoal.recipe import Objective
@@ -14,12 +15,10 @@ if TYPE_CHECKING:
 
 def plot_run(title: str, frame: pd.DataFrame, names: Sequence[str], objective: Objective | None) -> Figure:
     """One panel for the losses and one for the rest of ``names`` over steps."""
-    from matplotlib.figure import Figure
-
     chosen = list(names) or _default_names(frame, objective)
     losses = [name for name in chosen if name.endswith("loss")]
     panels = [group for group in (losses, [n for n in chosen if n not in losses]) if group]
-    figure = Figure(figsize=(5.5 * max(1, len(panels)), 3.2), layout="constrained")
+    figure = new_figure(figsize=(5.5 * max(1, len(panels)), 3.2))
     figure.suptitle(title)
     for axes, group in zip(figure.subplots(1, max(1, len(panels)), squeeze=False)[0], panels, strict=False):
         for name in group:
@@ -29,6 +28,19 @@ def plot_run(title: str, frame: pd.DataFrame, names: Sequence[str], objective: O
         axes.grid(alpha=0.3)
         axes.legend()
     return figure
+
+
+def new_figure(*, figsize: tuple[float, float]) -> Figure:
+    """An empty figure that shows itself in a notebook, whatever matplotlib's backend is there."""
+    from matplotlib.figure import Figure
+
+    class Chart(Figure):
+        def _repr_png_(self) -> bytes:
+            png = BytesIO()
+            self.savefig(png, format="png", dpi=110)
+            return png.getvalue()
+
+    return Chart(figsize=figsize, layout="constrained")
 
 
 def _default_names(frame: pd.DataFrame, objective: Objective | None) -> list[str]:

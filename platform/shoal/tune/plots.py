@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from shoal.recipe import Objective
+from shoal.train.plots import new_figure
 from shoal.tune.record import Trial, TrialState
 
 if TYPE_CHECKING:
@@ -21,13 +22,11 @@ def plot_sweep(title: str, trials: Sequence[Trial], objective: Objective, space:
 
     ``space`` is what the sweep's identity holds. Pruned trials are hollow.
     """
-    from matplotlib.figure import Figure
-
     fields = list(space)[:_MAX_FIELDS]
     num_panels = 1 + len(fields)
     columns = min(_COLUMNS, num_panels)
     rows = -(-num_panels // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.2 * rows), layout="constrained")
+    figure = new_figure(figsize=(4.2 * columns, 3.2 * rows))
     figure.suptitle(title)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     measured = [trial for trial in trials if trial.value is not None]
