@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import shoal
@@ -26,9 +27,18 @@ class KilledToy(Toy):
         for batch in session.batches():
             loss = session.loss(batch)
             if (session.group.rank, session.steps_done) == (rank, step):
+                wait_for_a_checkpoint()
                 os.kill(os.getpid(), signal.SIGKILL)
             session.backward(loss)
             session.step()
+
+
+def wait_for_a_checkpoint(timeout_s: float = 60.0) -> None:
+    """Until the one of step 20 is committed: a slow disk may still be writing it."""
+    folder = Storage(Path(sys.argv[1])).run_dir(sys.argv[2]) / "checkpoints"
+    deadline = time.monotonic() + timeout_s
+    while not any(folder.glob("step-*")):
+        assert time.monotonic() < deadline, "no checkpoint was committed"
 
 
 def main() -> None:
