@@ -69,8 +69,8 @@ def train_worker(spec: RunSpec, group: Group, *, on_eval: EvalListener | None = 
             _train(spec, group, record, on_eval)
         except PeerLost:
             group.leave()
-            if not _ended_in_error(record, begin):
-                raise  # else the peer left because its recipe failed, and has said so
+            if not _has_ended(record, begin):
+                raise  # else the peer left because the run is over, done or failed, and has said so
         except EnvironmentFailure:
             group.leave()
             raise
@@ -384,11 +384,11 @@ def _facts(spec: RunSpec, group: Group) -> dict[str, Any]:
     }
 
 
-def _ended_in_error(record: RunRecord, begin: int, *, timeout_s: float = 2.0) -> bool:
-    """True if this attempt's failing worker has recorded its error; it may be a moment behind us."""
+def _has_ended(record: RunRecord, begin: int, *, timeout_s: float = 2.0) -> bool:
+    """True if a worker has recorded the end of this attempt; it may be a moment behind us."""
     deadline = time.monotonic() + timeout_s
     while True:
-        if any(event["state"] == "failed" for event in record.events(("end",), since=begin)):
+        if record.events(("end",), since=begin):
             return True
         if time.monotonic() >= deadline:
             return False
