@@ -67,7 +67,7 @@ class BenchDigits(Digits):
 
 
 CASES: dict[str, tuple[type[shoal.Recipe], int, int]] = {
-    "digits MLP": (BenchDigits, 300, 2000),
-    "transformer 10M": (Transformer, 5, 30),
+    "digits MLP": (BenchDigits, 300, 4000),
+    "transformer 10M": (Transformer, 5, 40),
 }
 """Name -> (recipe, warm-up steps, counted steps)."""

@@ -24,8 +24,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 
 WORKERS = 2
 GOAL = 0.7
-_IDLE_PERCENT = 30
-_IDLE_WAIT_S = 60
 
 
 def first_step(config: dict[str, Any]) -> None:
@@ -71,14 +69,6 @@ def timed(run: Callable[[Path, Path], None], folder: Path, label: str) -> float:
     start = time.time()
     run(folder, out)
     return float(json.loads(out.read_text())) - start
-
-
-def wait_until_idle() -> None:
-    import psutil
-
-    deadline = time.monotonic() + _IDLE_WAIT_S
-    while psutil.cpu_percent(interval=1.0) > _IDLE_PERCENT and time.monotonic() < deadline:
-        pass
 
 
 def interval(values: list[float], *, num_resamples: int = 4000) -> tuple[float, float, float]:

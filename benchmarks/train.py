@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import shoal
+from benchmarks.quiet import wait_until_idle
 from benchmarks.ratios import paired_ratio
 from benchmarks.recipes import CASES
 
@@ -79,6 +80,7 @@ def main() -> int:
                     ours, theirs = [], []
                     for pair in range(pairs):
                         for side in (0, 1) if pair % 2 else (1, 0):
+                            wait_until_idle()
                             if side:
                                 ours.append(shoal_rate(cluster, case, save_every_s))
                             else:

@@ -14,11 +14,8 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 WARM_ENVIRONMENT: dict[str, str] = {
-    # Imported by every waiting worker process. The second name imports all that a controller or training
-    # worker of a run needs, Ray Train's modules too. torch imports torch._dynamo late, with the first seed or
-    # optimizer: the first trial in a process took 1.11 CPU-s, the second 0.05 (2026-11). Ray skips a name that
-    # cannot be imported.
-    "RAY_preload_python_modules": "torch,torch._dynamo,shoal.train.ray_edge",
+    # Imported by every waiting worker process; Ray skips a name that cannot be imported.
+    "RAY_preload_python_modules": "shoal.cluster.preload",
     # Ray keeps as many idle processes as there are *free CPUs*, so a training run, which takes them all,
     # would lose the spare processes that its own recovery needs.
     "RAY_num_workers_soft_limit": "8",

@@ -34,7 +34,7 @@ class TrackerActor:
     """A `Tracker` in a process of its own. Errors travel as values: Ray would wrap them in its traceback."""
 
     def __init__(self, storage: str, uri: str) -> None:
-        os.nice(10)  # MLflow takes 7 CPU-seconds to open a new store; training must not wait for that
+        os.nice(19)  # MLflow takes 7 CPU-seconds to open a new store; training must not wait for that
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # we say it ourselves, once
         self._tracker = Tracker(Storage(Path(storage)), uri)
         self._tracker.start()

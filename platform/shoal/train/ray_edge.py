@@ -60,8 +60,10 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.2
 """How often the controller looks at its workers; a death is acted on that much later at worst."""
 
-_PAY_BACK_AFTER_S = 5.0
-"""How long a group runs before the warm processes it took are replaced (3 CPU-seconds each)."""
+_PAY_BACK_EVERY_S = 60.0
+"""How long a group runs before a warm process that it took is replaced, and then the next; at the run's end, all
+that are left. Each is 3.5 CPU-seconds of imports, which a run on every core feels (`shoal.cluster.preload`):
+so a short run never pays, and a long one once. A new cluster has one to spare for a death before that."""
 
 _ABORT_PATIENCE_S = 5.0
 """How long an abort may take the polite way; after that the controller is killed and cleaned up after."""
@@ -105,8 +107,8 @@ class _NoBarrier:
 class _Controller(TrainController):  # type: ignore[misc]
     """Ray Train's control loop with our group; its settings are an argument, not a runtime environment.
 
-    It also pays back the warm processes that a run takes: late, so that a short run is over before they
-    compete with it for the cores, but in time for most restarts.
+    It also pays back the warm processes that a run takes: late and one by one, so that they hardly compete with
+    it for the cores, but in time for most restarts.
     """
 
     worker_group_cls = _Group
@@ -122,17 +124,20 @@ class _Controller(TrainController):  # type: ignore[misc]
     def _start_worker_group(self, num_workers: int, resources_per_worker: Resources) -> None:
         super()._start_worker_group(num_workers, resources_per_worker)
         self._num_warm_owed += num_workers
-        asyncio.get_running_loop().call_later(_PAY_BACK_AFTER_S, self._pay_back)
+        asyncio.get_running_loop().call_later(_PAY_BACK_EVERY_S, self._pay_back_one)
 
     async def _shutdown(self) -> Any:
         result = await super()._shutdown()
-        self._pay_back()
-        return result
-
-    def _pay_back(self) -> None:
         owed, self._num_warm_owed = self._num_warm_owed, 0
         if owed:
             add_warm_processes(owed)
+        return result
+
+    def _pay_back_one(self) -> None:
+        if self._num_warm_owed:
+            self._num_warm_owed -= 1
+            add_warm_processes(1)
+            asyncio.get_running_loop().call_later(_PAY_BACK_EVERY_S, self._pay_back_one)
 
     def num_failures(self) -> int:
         """How many times the group has failed so far."""
