@@ -3,8 +3,8 @@
     python -m benchmarks.serve [--rounds 8] [--seconds 2]
 
 All run on this machine with one replica and one torch thread, and take turns: each round sends the same JSON
-to each for some seconds over 32 connections. Printed is the ratio with its 95 % interval (Student's t on the
-logarithms of the rounds' ratios). shoal has everything on: API key, checks, limits, batching, metrics.
+to each for some seconds over 32 connections. Printed is the ratio with its 95 % interval. shoal has everything on:
+API key, checks, limits, batching, metrics.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import io
 import json
-import math
 import os
 import secrets
 import socket
@@ -30,6 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 
 from benchmarks.load import Load, run_load  # noqa: E402
+from benchmarks.quiet import wait_until_idle  # noqa: E402
+from benchmarks.ratios import paired_ratio  # noqa: E402
 
 GOALS = {"stock": 5.0, "tuned": 0.8}
 """Lower bounds for shoal's requests/s over the peer's, JSON bodies. `batched` is printed for information."""
@@ -68,6 +69,7 @@ def main() -> int:
         peers = stack.enter_context(_shoal_and_tuned(project))
         peers.append(stack.enter_context(_stock(project)))
         met = True
+        wait_until_idle()
         for kind, body, content_type in (("JSON", _json(), "application/json"), ("PNG", _png(), "image/png")):
             rounds = [
                 {
@@ -201,24 +203,16 @@ def _print(kind: str, rounds: list[dict[str, Load]]) -> bool:
             f"{statistics.median(load.p99_ms for load in loads):9.1f}{sum(load.errors for load in loads):8}"
         )
         if name != "shoal":
-            ratios = [each["shoal"].requests_per_s / each[name].requests_per_s for each in rounds]
-            middle, low, high = interval(ratios)
-            line += f"   {middle:.2f} ({low:.2f} to {high:.2f})"
+            ratio = paired_ratio(
+                [each["shoal"].requests_per_s for each in rounds],
+                [each[name].requests_per_s for each in rounds],
+            )
+            line += f"   {ratio}"
             if kind == "JSON" and name in GOALS:
-                line += f"   goal {GOALS[name]}: {'met' if low >= GOALS[name] else 'NOT MET'}"
-                met &= low >= GOALS[name]
+                line += f"   goal {GOALS[name]}: {'met' if ratio.low >= GOALS[name] else 'NOT MET'}"
+                met &= ratio.low >= GOALS[name]
         print(line, flush=True)
     return met
-
-
-def interval(ratios: list[float]) -> tuple[float, float, float]:
-    """The geometric mean of ``ratios`` and its 95 % interval; needs two or more."""
-    from scipy import stats
-
-    logs = [math.log(ratio) for ratio in ratios]
-    mean = statistics.fmean(logs)
-    half = stats.t.ppf(0.975, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
-    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
 
 
 def write_package_at(directory: Path, version: int) -> Any:

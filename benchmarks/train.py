@@ -56,8 +56,10 @@ def bare_rate(case: str, save_every_s: float, folder: Path) -> float:
         "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}",
     }
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=True
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
+    if done.returncode:
+        raise SystemExit(f"bare torchrun failed ({done.returncode}):\n{done.stderr[-3000:]}")
     return float(done.stdout.strip().splitlines()[-1])
 
 

@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 
 import shoal  # noqa: E402
-from benchmarks.submit import interval, wait_until_idle  # noqa: E402
+from benchmarks.quiet import wait_until_idle  # noqa: E402
+from benchmarks.ratios import paired_ratio  # noqa: E402
 
 NUM_TRIALS = 8
 CONCURRENT = 2
@@ -128,8 +129,8 @@ def timed(run: Callable[[str], None], name: str) -> float:
     return (time.perf_counter() - start) / NUM_TRIALS
 
 
-def measure(pairs: int) -> dict[str, Any]:
-    """Time ``pairs`` pairs on the attached cluster."""
+def measure(pairs: int) -> dict[str, list[float]]:
+    """Seconds per trial of ``pairs`` pairs on the attached cluster, by side."""
     from ray import cloudpickle
 
     if __name__ != "__main__":
@@ -149,18 +150,7 @@ def measure(pairs: int) -> dict[str, Any]:
         if number >= 0:
             told = ", ".join(f"{side} {t[-1]:.3f} s" for side, t in times.items())
             print(f"pair {number + 1}: {told} per trial", flush=True)
-    ratios = [ours / theirs for ours, theirs in zip(times["shoal"], times["raw"], strict=True)]
-    ratio, low, high = interval(ratios)
-    return {
-        "name": f"a trial that imports torch and reports once ({CONCURRENT} at a time), shoal / raw Ray Tune",
-        "ratio": ratio,
-        "interval": [low, high],
-        "goal": f"<= {GOAL}",
-        "met": high <= GOAL,
-        "shoal_s": statistics.median(times["shoal"]),
-        "raw_s": statistics.median(times["raw"]),
-        "pairs": pairs,
-    }
+    return times
 
 
 def main() -> int:
@@ -174,13 +164,14 @@ def main() -> int:
         print("attach first: eval $(shoal env), then run again", file=sys.stderr)
         return 2
     attach(info)
-    result = measure(pairs)
-    low, high = result["interval"]
+    times = measure(pairs)
+    ratio = paired_ratio(times["shoal"], times["raw"])
     print(
-        f"{result['name']}: {result['ratio']:.2f} (95 % interval {low:.2f}..{high:.2f}, goal {result['goal']}); "
-        f"median {result['shoal_s']:.3f} s / {result['raw_s']:.3f} s per trial, {pairs} pairs"
+        f"a trial that imports torch and reports once ({CONCURRENT} at a time), shoal / raw Ray Tune: {ratio} "
+        f"(goal: at most {GOAL}); median {statistics.median(times['shoal']):.3f} s / "
+        f"{statistics.median(times['raw']):.3f} s per trial"
     )
-    return 0 if result["met"] else 1
+    return 0 if ratio.high <= GOAL else 1
 
 
 if __name__ == "__main__":
