@@ -5,26 +5,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
-import shoal
+from benchmarks.cluster import ROOT, own_cluster
 from shoal.cluster import environment
 
 ALONE = ("startup", "train", "serve")
 """Need nothing, or start what they need."""
 ON_A_CLUSTER = ("submit", "trials")
 """Both sides run on the cluster that the environment names."""
-ROOT = Path(__file__).resolve().parents[1]
 CLUSTER = "version: 1\nname: bench\nserve: {port: 0}\ntargets: {local: {cpu: 4}}\n"
 
 
 def main() -> int:
     """Run them all; the exit status says whether every goal was met."""
     failed = [name for name in ALONE if not run(name, {})]
-    with cluster_environment() as attached:
+    with own_cluster(CLUSTER) as cluster:
+        attached = dict(environment(cluster.info))
         failed += [name for name in ON_A_CLUSTER if not run(name, attached)]
     print(f"goals not met: {', '.join(failed)}" if failed else "every goal was met")
     return 1 if failed else 0
@@ -37,19 +33,6 @@ def run(name: str, extra: dict[str, str]) -> bool:
         [sys.executable, "-m", f"benchmarks.{name}"], cwd=ROOT, env={**os.environ, **extra}, check=False
     )
     return done.returncode == 0
-
-
-@contextmanager
-def cluster_environment() -> Iterator[dict[str, str]]:
-    """What names a cluster of our own; it ends with the block."""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "cluster.yaml").write_text(CLUSTER)
-        os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'platform'}"  # workers import the benchmarks
-        cluster = shoal.connect(folder)
-        try:
-            yield dict(environment(cluster.info))
-        finally:
-            cluster.down()
 
 
 if __name__ == "__main__":

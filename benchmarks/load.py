@@ -13,9 +13,10 @@ class Load:
     """What a burst of requests measured."""
 
     requests_per_s: float
+    """Of answers with status 200."""
     p50_ms: float
     p99_ms: float
-    errors: int
+    num_errors: int
     """Answers with a status other than 200, and connections that broke."""
 
 
@@ -30,7 +31,7 @@ class _Caller(asyncio.Protocol):
         self._latencies_s = latencies_s
         self._done = done
         self._buffer = b""
-        self.errors = 0
+        self.num_errors = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -48,8 +49,10 @@ class _Caller(asyncio.Protocol):
             return
         self._buffer = b""
         now = time.perf_counter()
-        self._latencies_s.append(now - self._sent)
-        self.errors += not head.startswith(b"HTTP/1.1 200")
+        if head.startswith(b"HTTP/1.1 200"):
+            self._latencies_s.append(now - self._sent)
+        else:
+            self.num_errors += 1
         if now < self._until:
             self._send()
         else:
@@ -57,7 +60,7 @@ class _Caller(asyncio.Protocol):
             self._finish()
 
     def connection_lost(self, error: Exception | None) -> None:
-        self.errors += not self._done.done()
+        self.num_errors += not self._done.done()
         self._finish()
 
     def _finish(self) -> None:
@@ -105,7 +108,7 @@ def run_load(
             requests_per_s=len(latencies_s) / elapsed_s,
             p50_ms=1000 * ordered[len(ordered) // 2],
             p99_ms=1000 * ordered[int(len(ordered) * 0.99)],
-            errors=sum(caller.errors for caller in callers) + len(late),
+            num_errors=sum(caller.num_errors for caller in callers) + len(late),
         )
 
     return asyncio.run(main())

@@ -19,18 +19,16 @@ import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
-
-from benchmarks.load import Load, run_load  # noqa: E402
-from benchmarks.quiet import wait_until_idle  # noqa: E402
-from benchmarks.ratios import paired_ratio  # noqa: E402
+import shoal
+from benchmarks.cluster import ROOT, own_cluster
+from benchmarks.load import Load, run_load
+from benchmarks.quiet import wait_until_idle
+from benchmarks.ratios import paired_ratio
 
 GOALS = {"stock": 5.0, "tuned": 0.8}
 """Lower bounds for shoal's requests/s over the peer's, JSON bodies. `batched` is printed for information."""
@@ -60,14 +58,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=2.0)
     asked = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="shoal-bench-") as folder, contextlib.ExitStack() as stack:
-        project = Path(folder)
-        key = secrets.token_urlsafe(32)
-        (project / "cluster.yaml").write_text(CLUSTER)
-        (project / "keys").write_text(key)
-        (project / "keys").chmod(0o600)
-        peers = stack.enter_context(_shoal_and_tuned(project))
-        peers.append(stack.enter_context(_stock(project)))
+    key = secrets.token_urlsafe(32)
+    with contextlib.ExitStack() as stack:
+        cluster = stack.enter_context(own_cluster(CLUSTER, {"keys": key}))
+        peers = _shoal_and_tuned(cluster)
+        peers.append(stack.enter_context(_stock(cluster.info.storage)))
         met = True
         wait_until_idle()
         for kind, body, content_type in (("JSON", _json(), "application/json"), ("PNG", _png(), "image/png")):
@@ -103,49 +98,39 @@ def _png() -> bytes:
     return buffer.getvalue()
 
 
-@contextlib.contextmanager
-def _shoal_and_tuned(project: Path) -> Iterator[list[Peer]]:
-    """A shoal cluster with the digits app, and beside it, on the same HAProxy, the hand-written peers."""
-    from shoal.cluster import down, up
-    from shoal.cluster.attach import attach
-    from shoal.config import load
-    from shoal.serve import deploy
+def _shoal_and_tuned(cluster: shoal.Cluster) -> list[Peer]:
+    """The digits app, and beside it, on the same HAProxy, the hand-written peers."""
     from shoal.serve.rest import read_serve, write_serve
     from shoal.tracking.actor import open_registry
 
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    info = up(load(project / "cluster.yaml"), project=project)
-    try:
-        attach(info)
-        resolved = open_registry(info).register("digits", write_package_at)
-        app = deploy(info, "serve_apps.digits:app", model="digits@1")
-        config = read_serve(info)["applications"]["digits"]["deployed_app_config"]
-        by_hand = [
-            {
-                "name": name,
-                "route_prefix": f"/{name}",
-                "import_path": f"benchmarks.serve_peers:{name}",
-                "args": {"package": str(resolved.path)},
-            }
-            for name in ("tuned", "batched")
-        ]
-        http_options = {"host": "127.0.0.1", "port": info.serve_port}
-        write_serve(info, {"http_options": http_options, "applications": [config, *by_hand]})
-        _wait_answers([f"{app.url}/{name}" for name in ("tuned", "batched")])
-        port = info.serve_port
-        yield [
-            Peer("shoal", port, "/predict"),
-            Peer("tuned", port, "/tuned"),
-            Peer("batched", port, "/batched"),
-        ]
-    finally:
-        down(project)
+    info = cluster.info
+    resolved = open_registry(info).register("digits", write_package_at)
+    app = cluster.serve("serve_apps.digits:app", model="digits@1")
+    config = read_serve(info)["applications"]["digits"]["deployed_app_config"]
+    by_hand = [
+        {
+            "name": name,
+            "route_prefix": f"/{name}",
+            "import_path": f"benchmarks.serve_peers:{name}",
+            "args": {"package": str(resolved.path)},
+        }
+        for name in ("tuned", "batched")
+    ]
+    http_options = {"host": "127.0.0.1", "port": info.serve_port}
+    write_serve(info, {"http_options": http_options, "applications": [config, *by_hand]})
+    _wait_answers([f"{app.url}/{name}" for name in ("tuned", "batched")])
+    port = info.serve_port
+    return [
+        Peer("shoal", port, "/predict"),
+        Peer("tuned", port, "/tuned"),
+        Peer("batched", port, "/batched"),
+    ]
 
 
 @contextlib.contextmanager
-def _stock(project: Path) -> Iterator[Peer]:
+def _stock(storage: Path) -> Iterator[Peer]:
     """Ray's default proxy needs a cluster without shoal's environment."""
-    package = project / "storage" / "models" / "digits" / "1"
+    package = storage / "models" / "digits" / "1"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -199,9 +184,7 @@ def _print(kind: str, rounds: list[dict[str, Load]]) -> bool:
         loads = [each[name] for each in rounds]
         line = f"{name:10}{statistics.fmean(load.requests_per_s for load in loads):12.0f}"
         line += f"{statistics.median(load.p50_ms for load in loads):9.1f}"
-        line += (
-            f"{statistics.median(load.p99_ms for load in loads):9.1f}{sum(load.errors for load in loads):8}"
-        )
+        line += f"{statistics.median(load.p99_ms for load in loads):9.1f}{sum(load.num_errors for load in loads):8}"
         if name != "shoal":
             ratio = paired_ratio(
                 [each["shoal"].requests_per_s for each in rounds],

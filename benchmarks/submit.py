@@ -19,11 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
-
-from benchmarks.quiet import wait_until_idle  # noqa: E402  # the path is set above
-from benchmarks.ratios import paired_ratio  # noqa: E402
+from benchmarks.quiet import wait_until_idle
+from benchmarks.ratios import paired_ratio
 
 WORKERS = 2
 GOAL = 0.7

@@ -17,15 +17,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
-
-import shoal  # noqa: E402
-from benchmarks.quiet import wait_until_idle  # noqa: E402
-from benchmarks.ratios import paired_ratio  # noqa: E402
+import shoal
+from benchmarks.quiet import wait_until_idle
+from benchmarks.ratios import paired_ratio
 
 NUM_TRIALS = 8
 CONCURRENT = 2

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 import shoal
-from demo.load import ask_under_load
+from benchmarks.load import run_load
 from jobs.digits import Digits
 from shoal.api import bring_up
-from shoal.cluster import down, find
+from shoal.cluster import find
 from shoal.config import load
 from shoal.recipe import replace
 
@@ -30,6 +31,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 STEPS = 3000
 GOAL = 0.97
 """What the served model must score on test images that neither training nor the sweep saw."""
+RECOVERY_LIMIT_S = 30.0
+"""From the kill to the next recorded step; 2 to 4 s on two quiet cores, and a busy machine has room."""
 DEADLINE_S = 120.0
 
 
@@ -83,15 +86,13 @@ def running_cluster(story: Story) -> Iterator[shoal.Cluster]:
     os.chdir(PROJECT)
     ran_before = find(PROJECT) is not None
     story.chapter("A Ray cluster from cluster.yaml: loopback only, token on")
+    bring_up(load(PROJECT), PROJECT, say=lambda text: story.console.print(f"         {text}"))
+    cluster = shoal.connect(PROJECT)
     try:
-        bring_up(load(PROJECT), PROJECT, say=lambda text: story.console.print(f"         {text}"))
-        yield shoal.connect(PROJECT)
+        yield cluster
     finally:
         if not ran_before and not os.environ.get("KEEP"):
-            from shoal.cluster.attach import detach
-
-            detach()
-            down(PROJECT)
+            cluster.down()
 
 
 def tell(story: Story, cluster: shoal.Cluster) -> None:
@@ -101,8 +102,11 @@ def tell(story: Story, cluster: shoal.Cluster) -> None:
     space = {"lr": shoal.loguniform(3e-4, 3e-2), "hidden": shoal.choice([64, 128, 256])}
     sweep = cluster.tune(Digits(), space, trials=8, concurrent=2, steps=400, name=f"demo-sweep-{tag}").wait()
     best = sweep.best
+    pruned = sum(trial.state == "pruned" for trial in sweep.trials)
     story.note(
-        "best of 8 trials", f"{best.run}: validation accuracy {best.value:.4f}", ok=best.value is not None
+        f"best of {len(sweep.trials)} trials ({pruned} pruned)",
+        f"{best.run}: validation accuracy {best.value:.4f}",
+        ok=len(sweep.trials) == 8 and all(trial.state in ("finished", "pruned") for trial in sweep.trials),
     )
 
     story.chapter("Train the best with 2 workers; one of them dies of kill -9 half way")
@@ -113,7 +117,7 @@ def tell(story: Story, cluster: shoal.Cluster) -> None:
     story.note("registered", f"{model.name}, alias champion, from {run.name}")
     app = cluster.serve("serve_apps.digits:app", model="digits@champion")
     served_accuracy(story, cluster, app)
-    measure_serving(story, app)
+    measure_serving(story, cluster)
     story.note("app", f"{app.url}  (pages: {app.url}/docs)")
     story.note("dashboard", cluster.info.dashboard_url)
 
@@ -134,9 +138,8 @@ def train_and_kill(story: Story, cluster: shoal.Cluster, recipe: Digits, name: s
     story.note("killed", f"rank 1 at step {killed_at:,} with kill -9", ok=len(starts) == 2)
     story.note("resumed from", f"step {resumed['step']:,}", ok=0 < resumed["step"] <= last)
     story.note("steps lost (computed twice)", f"at most {last - resumed['step'] + 1:,}")
-    story.note(
-        "recovery, kill to next step", f"{first_after['t'] - killed:.1f} s", ok=first_after["t"] > killed
-    )
+    recovery_s = first_after["t"] - killed
+    story.note("recovery, kill to next step", f"{recovery_s:.1f} s", ok=recovery_s < RECOVERY_LIMIT_S)
     test = run.record.last_eval("test") or {}
     story.note(
         "test accuracy of the run", f"{test.get('accuracy', 0):.4f}", ok=test.get("accuracy", 0) >= GOAL
@@ -171,16 +174,18 @@ def write_pictures(folder: Path) -> list[tuple[Path, int]]:
     return files
 
 
-def measure_serving(story: Story, app: shoal.App) -> None:
+def measure_serving(story: Story, cluster: shoal.Cluster) -> None:
     """A few seconds of load."""
     test = Digits().build_data().test
     document = {"pixels": (test[0][0] * 16).tolist()}  # type: ignore[index]
-    result = ask_under_load(f"{app.url}/predict", document, connections=16, seconds=4)
+    body = json.dumps(document).encode()
+    port = cluster.info.serve_port
+    result = run_load(port, "/predict", body, "application/json", connections=16, seconds=4)
     story.note(
         "under load, 16 connections",
         f"{result.requests_per_s:,.0f} requests/s, p50 {result.p50_ms:.1f} ms, p99 {result.p99_ms:.1f} ms, "
         f"{result.num_errors} errors",
-        ok=result.num_errors == 0 and result.num_answers > 0,
+        ok=result.num_errors == 0 and result.requests_per_s > 0,
     )
 
 
@@ -205,10 +210,10 @@ def save_picture(story: Story, path: Path) -> None:
     console.save_svg(str(path), title="make demo")
 
 
-def wait_until(condition: object, what: str) -> None:
+def wait_until(condition: Callable[[], bool], what: str) -> None:
     """Wait for a condition, with a deadline."""
     deadline = time.monotonic() + DEADLINE_S
-    while not condition():  # type: ignore[operator]
+    while not condition():
         if time.monotonic() > deadline:
             raise shoal.errors.DeadlineExceeded(f"waited {DEADLINE_S:g} s for {what}")
         time.sleep(0.01)

@@ -15,7 +15,7 @@ def add_to(app: typer.Typer) -> None:
     """Add the command."""
     examples = (
         "shoal check",
-        "shoal check --target k8s --set train.workers=2",
+        "shoal check --set train.workers=2 --set serve.port=8001",
         "shoal check --schema  # writes .shoal/cluster.schema.json",
     )
     command(app, panel=CLUSTER, examples=examples)(check)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,10 +19,14 @@ def training_loader(
     data: Datasets, order: DataOrder, steps: range, group: Group, *, sample_seed: int
 ) -> DataLoader[Any]:
     """This rank's share of the batch of each of ``steps``, in order, on the CPU."""
-    in_processes = data.loader_workers > 0
+    if data.loader_workers > 0:
+        dataset: Dataset[Any] = _Positioned(data.train, sample_seed)
+        batches: Iterable[list[Any]] = _StepBatches(order, steps, group)
+    else:  # random augmentation draws from the worker's own generators, which checkpoints hold
+        dataset, batches = data.train, _IdBatches(order, steps, group)
     return DataLoader(
-        _Positioned(data.train, sample_seed if in_processes else None),
-        batch_sampler=_StepBatches(order, steps, group),
+        dataset,
+        batch_sampler=batches,
         collate_fn=data.collate or default_collate,
         num_workers=data.loader_workers,
         pin_memory=group.device.type == "cuda",
@@ -48,27 +52,32 @@ class _StepBatches:
     def __init__(self, order: DataOrder, steps: range, group: Group) -> None:
         self._order, self._steps, self._group = order, steps, group
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         return self._order.batches(self._steps.start, self._steps.stop, self._group.rank, self._group.size)
 
     def __len__(self) -> int:
         return len(self._steps)
 
 
-class _Positioned(Dataset[Any]):
-    """The training data by (position, sample id).
+class _IdBatches(_StepBatches):
+    """The sample ids alone: what the data set takes as it is, without a call of ours per sample."""
 
-    In loader processes random augmentation is seeded by position, so a resumed run draws the same again;
-    in the training process (``seed=None``) it draws from the worker's own generators, which checkpoints hold.
+    def __iter__(self) -> Iterator[list[Any]]:
+        return ([sample for _, sample in batch] for batch in super().__iter__())
+
+
+class _Positioned(Dataset[Any]):
+    """The training data by (position, sample id), for loader processes.
+
+    There random augmentation is seeded by position, so a resumed run draws the same again.
     """
 
-    def __init__(self, dataset: Dataset[Any], seed: int | None) -> None:
+    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
         self._dataset, self._seed = dataset, seed
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         position, sample = key
-        if self._seed is not None:
-            seed_everything(derive_seed(self._seed, position))
+        seed_everything(derive_seed(self._seed, position))
         return self._dataset[sample]
 
 
