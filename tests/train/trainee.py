@@ -1,4 +1,4 @@
-"""Train runs one after the other under torchrun, as a test's subprocess: ``trainee.py STORAGE STEPS NAME...``.
+"""Train runs one after the other, alone or under torchrun: ``trainee.py STORAGE STEPS NAME...``, a test's subprocess.
 
 ``SHOAL_TEST_KILL=rank:step`` kills that rank with SIGKILL in the middle of that step of the last one.
 """
