@@ -10,7 +10,7 @@ import pytest
 
 from projects import ROOT
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def outputs_of(notebook: Any) -> list[str]:

@@ -88,6 +88,6 @@ def test_the_five_minutes_work_as_written(tmp_path: Path) -> None:
             [sys.executable, "-m", "shoal.cli", "down"],
             cwd=project,
             env=outside_environment(PYTHONPATH=str(ROOT / "platform")),
-            timeout=90,
+            timeout=120,
             check=False,
         )

@@ -36,7 +36,7 @@ FILES = [
     "serve_apps/churn.py",
     "serve_apps/churn.yaml",
 ]
-MINUTES = 4
+MINUTES = 8
 
 
 def files_in(folder: Path) -> list[str]:
@@ -285,7 +285,7 @@ def test_its_readme_works_as_written(written: Path) -> None:
         answer = json.loads(printed.splitlines()[-1])
         assert (answer["class"], answer["model"], answer["version"]) == (0, "churn", 1)
     finally:
-        run(down, 60)
+        run(down, 120)
     assert info is not None
     left = processes.find(info.cluster_id)
     assert not left, f"the cluster left processes behind: {processes.describe(left)}"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 from shoal import config as shoal_config
-from shoal.cluster import ClusterInfo, up
+from shoal.cluster import ClusterInfo, down, processes, ray_edge, up
 
 CONFIG = """\
 version: 1
@@ -25,10 +26,37 @@ def write_project(folder: Path, name: str) -> Path:
 
 
 def start(project: Path) -> ClusterInfo:
-    return up(shoal_config.load(project / "cluster.yaml"), project=project)
+    """Bring the project's cluster up; nothing trains on it, so its processes do not import torch ahead of need."""
+    with patch.dict(ray_edge.WARM_ENVIRONMENT, {ray_edge.PRELOAD: "json"}):
+        return up(shoal_config.load(project / "cluster.yaml"), project=project)
 
 
 def write_record(info: ClusterInfo) -> None:
     """Record the cluster as ``up`` does."""
     info.record.parent.mkdir(exist_ok=True)
     info.record.write_text(json.dumps(info.to_json()))
+
+
+class Started:
+    """Clusters that a test starts; at its end every one is down and none of their processes is left."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._ids: set[str] = set()
+        self._projects: set[Path] = set()
+
+    def project(self, name: str) -> Path:
+        project = write_project(self._folder / name, name)
+        self._projects.add(project)
+        return project
+
+    def up(self, project: Path) -> ClusterInfo:
+        info = start(project)
+        self._ids.add(info.cluster_id)
+        return info
+
+    def close(self) -> None:
+        for project in self._projects:
+            down(project)
+        left = {name: processes.find(name) for name in self._ids}
+        assert not any(left.values()), f"left behind: {left}"

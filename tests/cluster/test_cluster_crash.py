@@ -1,4 +1,7 @@
-"""Clusters that die hard, start twice, or stand side by side: nothing is left, and nothing meets."""
+"""Clusters that start twice, die hard, or stand side by side: nothing is left, and nothing meets.
+
+All in one project: a test takes the cluster that the one before left running, or starts one (`up` does both).
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,19 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
+from cluster_projects import Started
 
 from projects import outside_environment
 from shoal.cluster import ClusterInfo, doctor, down, environment, find, lifecycle, processes
+from waiting import wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(600)]
 
 BIN = Path(sys.executable).parent
 APP = """\
@@ -41,19 +46,17 @@ print(start(Path(sys.argv[1])).cluster_id)
 """
 
 
-def deploy(info: ClusterInfo) -> None:
+def deploy(info: ClusterInfo, apps: str = "{name: w, route_prefix: /, import_path: 'who_app:app'}") -> None:
     (info.project / "who_app.py").write_text(APP)
-    (info.project / "who.yaml").write_text(
-        "applications: [{name: w, route_prefix: /, import_path: 'who_app:app'}]\n"
-    )
+    (info.project / "who.yaml").write_text(f"applications: [{apps}]\n")
     command = [str(BIN / "serve"), "deploy", str(info.project / "who.yaml")]
     subprocess.run(
-        command, env={**os.environ, **environment(info)}, check=True, capture_output=True, timeout=120
+        command, env={**os.environ, **environment(info)}, check=True, capture_output=True, timeout=240
     )
 
 
 def answer(info: ClusterInfo) -> str | None:
-    with suppress(OSError), urllib.request.urlopen(info.serve_url, timeout=2) as response:
+    with suppress(OSError), urllib.request.urlopen(info.serve_url, timeout=10) as response:
         return str(response.read().decode())
     return None
 
@@ -74,42 +77,70 @@ def spawn_up(project: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def test_two_clusters_do_not_meet(clusters, wait_until: Callable[..., None]) -> None:
-    first, second = (clusters.up(clusters.project(name)) for name in ("first", "second"))
-    for info in (first, second):
-        deploy(info)
-    for info in (first, second):
-        wait_until(
-            lambda info=info: answer(info) == info.cluster_id, what="its own app answers", timeout_s=120
-        )
-    own = {
-        info.cluster_id: {item.port for item in processes.listeners(info.cluster_id)}
-        for info in (first, second)
-    }
-    assert not own[first.cluster_id] & own[second.cluster_id]
-    down(first.project)
-    assert processes.find(first.cluster_id) == []
-    assert answer(second) == second.cluster_id
-    assert second.is_alive()
+@pytest.fixture(scope="module")
+def clusters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
+    started = Started(tmp_path_factory.mktemp("crash"))
+    yield started
+    started.close()
 
 
-def test_a_cluster_that_died_hard_is_cleaned_and_comes_back(
-    clusters, wait_until: Callable[..., None]
+@pytest.fixture(scope="module")
+def project(clusters: Started) -> Path:
+    return clusters.project("crash")
+
+
+def test_two_starts_at_once_give_one_cluster_and_end_what_a_killed_start_left(
+    clusters: Started, project: Path
 ) -> None:
-    project = clusters.project("crash")
+    down(project)
+    starting = spawn_up(project)
+    record = project / ".shoal" / "cluster.json"
+
+    def raylet_or_gcs() -> list[str]:
+        return [
+            name
+            for (name, claimed), found in processes.claims().items()
+            if claimed == record and len(found) > 2
+        ]
+
+    wait_until(raylet_or_gcs, "the first processes of the cluster run")
+    (half,) = raylet_or_gcs()
+    starting.kill()
+    starting.communicate()
+    assert not record.exists()
+
+    starts = [spawn_up(project) for _ in range(2)]
+    ids = {process.communicate(timeout=300)[0].strip() for process in starts}
+    info = clusters.up(project)
+    assert ids == {info.cluster_id}
+    assert info.cluster_id != half
+    assert {claim for claim, claimed in processes.claims() if claimed == record} == ids
+    assert processes.find(half) == []
+    assert psutil.pid_exists(info.pids["raylet"].pid)
+
+
+def test_up_cleans_after_a_crash_by_itself(clusters: Started, project: Path) -> None:
+    info = clusters.up(project)
+    os.kill(info.pids["gcs"].pid, signal.SIGKILL)
+    again = clusters.up(project)  # at once: what was killed may still look alive
+    assert again.cluster_id != info.cluster_id
+    assert processes.find(info.cluster_id) == []
+
+
+def test_a_cluster_that_died_hard_is_cleaned_and_comes_back(clusters: Started, project: Path) -> None:
     info = clusters.up(project)
     deploy(info)
-    wait_until(lambda: answer(info) == info.cluster_id, what="the app answers", timeout_s=120)
+    wait_until(lambda: answer(info) == info.cluster_id, "the app answers")
     for ref in info.pids.values():
         os.kill(ref.pid, signal.SIGKILL)
-    wait_until(lambda: not info.is_alive(), what="GCS and raylet are gone")
+    wait_until(lambda: not info.is_alive(), "GCS and raylet are gone")
     assert find(project) is None
     refused = subprocess.run(  # in a process of its own: this one is attached to the suite's cluster
         [sys.executable, "-c", ATTACH, str(info.record)],
         env=outside_environment(PYTHONPATH=str(Path(lifecycle.__file__).parents[2])),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert "no longer runs. Start it: shoal up" in refused.stderr
@@ -121,46 +152,23 @@ def test_a_cluster_that_died_hard_is_cleaned_and_comes_back(
     again = clusters.up(project)
     assert again.cluster_id != info.cluster_id
     deploy(again)
-    wait_until(lambda: answer(again) == again.cluster_id, what="the app answers again", timeout_s=120)
+    wait_until(lambda: answer(again) == again.cluster_id, "the app answers again")
 
 
-def test_up_cleans_after_a_crash_by_itself(clusters) -> None:
-    project = clusters.project("again")
-    info = clusters.up(project)
-    os.kill(info.pids["gcs"].pid, signal.SIGKILL)
-    again = clusters.up(project)
-    assert again.cluster_id != info.cluster_id
-    assert processes.find(info.cluster_id) == []
-
-
-def test_two_starts_at_once_give_one_cluster(clusters) -> None:
-    project = clusters.project("twice")
-    starts = [spawn_up(project) for _ in range(2)]
-    ids = {process.communicate(timeout=300)[0].strip() for process in starts}
-    info = find(project)
-    assert info is not None
-    assert ids == {info.cluster_id}
-    assert {claim for claim, record in processes.claims() if record == info.record} == ids
-
-
-def test_a_start_killed_half_way_is_cleaned_by_the_next(clusters, wait_until: Callable[..., None]) -> None:
-    project = clusters.project("half")
-    starting = spawn_up(project)
-    record = project / ".shoal" / "cluster.json"
-
-    def raylet_or_gcs() -> list[str]:
-        return [
-            name
-            for (name, claimed), found in processes.claims().items()
-            if claimed == record and len(found) > 2
-        ]
-
-    wait_until(raylet_or_gcs, what="the first processes of the cluster run", timeout_s=120)
-    (half,) = raylet_or_gcs()
-    starting.kill()
-    starting.wait()
-    assert not record.exists()
-    info = clusters.up(project)
-    assert info.cluster_id != half
-    assert processes.find(half) == []
-    assert psutil.pid_exists(info.pids["raylet"].pid)
+def test_two_clusters_do_not_meet(clusters: Started, project: Path, cluster: ClusterInfo) -> None:
+    own = clusters.up(project)
+    try:
+        for info in (own, cluster):
+            deploy(info)
+        for info in (own, cluster):
+            wait_until(lambda info=info: answer(info) == info.cluster_id, "its own app answers")
+        first, second = (
+            {item.port for item in processes.listeners(info.cluster_id)} for info in (own, cluster)
+        )
+        assert not first & second
+        down(project)
+        assert processes.find(own.cluster_id) == []
+        assert answer(cluster) == cluster.cluster_id
+        assert cluster.is_alive()
+    finally:
+        deploy(cluster, apps="")

@@ -162,3 +162,14 @@ def test_a_cluster_that_runs_and_is_silent_is_not_ended(
     ):
         bring_up(project)
     assert abandoned == ([info.cluster_id] if dies else [])
+
+
+def test_a_cluster_that_answers_for_the_last_time_does_not_run(
+    info: ClusterInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def last_answer(*_: object) -> bool:
+        monkeypatch.setattr(ClusterInfo, "is_alive", lambda _: False)
+        return True
+
+    monkeypatch.setattr(starting, "answers", last_answer)
+    assert not starting.answers_within(info, timeout_s=9)

@@ -13,6 +13,7 @@ import pytest
 
 from shoal.cluster import haproxy_launch, processes, start
 from shoal.errors import ClusterError
+from waiting import wait_until
 
 READY = "print('ready', flush=True)"
 SLEEP = f"import signal; {READY}; signal.pause()"
@@ -48,21 +49,21 @@ def test_a_child_that_emptied_its_environment_belongs_too(spawn: Spawn) -> None:
     child = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-S', '-c', 'input()'], "
     parent = spawn(f"{child}stdin=subprocess.PIPE, env={{}}); {READY}; p.wait()", SHOAL_CLUSTER_ID="a" * 16)
     assert len(processes.find("a" * 16)) == 2
-    assert processes.stop("a" * 16, grace_s=5, deadline_s=20) == []
-    assert parent.wait(timeout=5) is not None
+    assert processes.stop("a" * 16, grace_s=20, deadline_s=60) == []
+    assert parent.wait(timeout=60) is not None
 
 
 def test_stop_ends_the_cluster_and_nothing_else(spawn: Spawn) -> None:
     ours = spawn(SLEEP, SHOAL_CLUSTER_ID="a" * 16)
     other = spawn(SLEEP, SHOAL_CLUSTER_ID="b" * 16)
-    assert processes.stop("a" * 16, grace_s=5, deadline_s=20) == []
+    assert processes.stop("a" * 16, grace_s=20, deadline_s=60) == []
     assert ours.poll() is not None
     assert other.poll() is None
 
 
 def test_stop_kills_what_does_not_listen(spawn: Spawn) -> None:
     ours = spawn(STUBBORN, SHOAL_CLUSTER_ID="a" * 16)
-    assert processes.stop("a" * 16, grace_s=0.2, deadline_s=20) == []
+    assert processes.stop("a" * 16, grace_s=0.2, deadline_s=60) == []
     assert ours.poll() is not None
 
 
@@ -127,9 +128,7 @@ def test_the_token_is_private_from_the_start_and_never_the_same(tmp_path: Path) 
         os.umask(before)
 
 
-def test_haproxy_dies_with_whoever_started_it(
-    spawn: Spawn, tmp_path: Path, wait_until: Callable[..., None]
-) -> None:
+def test_haproxy_dies_with_whoever_started_it(spawn: Spawn, tmp_path: Path) -> None:
     config = tmp_path / "haproxy.cfg"
     config.write_text("stats socket /x mode 666 level admin\nbind :1\nbind *:2\nbind 127.0.0.1:3\n")
     fake = tmp_path / "fake"
@@ -141,8 +140,8 @@ def test_haproxy_dies_with_whoever_started_it(
     starter = spawn(f"import subprocess; p = subprocess.Popen({command!r}); {READY}; p.wait()", **marks)
     wait_until(
         lambda: any(process.name() == "sleep" for process in processes.find("c" * 16)),
-        what="HAProxy has started",
+        "HAProxy has started",
     )
     starter.kill()
-    wait_until(lambda: not processes.find("c" * 16), what="HAProxy has ended with its parent")
+    wait_until(lambda: not processes.find("c" * 16), "HAProxy has ended with its parent")
     assert "bind 127.0.0.1:1\nbind 127.0.0.1:2\nbind 127.0.0.1:3" in config.read_text()

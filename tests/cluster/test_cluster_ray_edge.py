@@ -103,6 +103,13 @@ def test_haproxys_template_has_the_lines_that_we_mend() -> None:
     )
 
 
+def test_the_dashboard_asks_the_gcs_for_its_status_each_time() -> None:
+    text = source("dashboard/modules/reporter/reporter_head.py")
+    _, _, after = text.partition(f'@routes.get("{ray_edge.STATUS_PATH}")')
+    route, _, _ = after.partition("@routes.")
+    assert "self.gcs_client.async_internal_kv_get(" in route
+
+
 def test_haproxy_is_started_as_the_launcher_expects() -> None:
     text = source("serve/_private/haproxy.py")
     assert 'args = [haproxy_bin, "-db", "-f", self.config_file_path]' in text
@@ -133,11 +140,13 @@ def test_every_worker_imports_the_guard() -> None:
 def test_what_torch_imports_late_is_preloaded() -> None:
     code = (
         "import sys, torch; assert 'torch._dynamo' not in sys.modules; torch.manual_seed(0); "
-        "torch.optim.SGD([torch.zeros(1)], lr=1.0); print('torch._dynamo' in sys.modules)"
+        "torch.optim.SGD([torch.zeros(1)], lr=1.0); print('torch._dynamo' in sys.modules); "
+        "from shoal.cluster.preload import MODULES; print('torch._dynamo' in MODULES)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "True", done.stderr
-    assert "torch._dynamo" in CLUSTER[ray_edge.PRELOAD].split(",")
+    environment = {**os.environ, "PYTHONPATH": str(Path(ray_edge.__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "True"], done.stderr
+    assert "shoal.cluster.preload" in CLUSTER[ray_edge.PRELOAD].split(",")
 
 
 def test_workers_are_as_nice_as_anything_else() -> None:

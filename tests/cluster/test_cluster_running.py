@@ -7,7 +7,6 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import pytest
 from shoal import config as shoal_config
 from shoal.cluster import ClusterInfo, dashboard, doctor, down, environment, find, processes, status, up
 from shoal.errors import AccessError, RequestError
+from waiting import wait_until
 
 pytestmark = pytest.mark.cluster
 
@@ -34,7 +34,7 @@ app = Hello.bind()
 DEPLOY = "applications: [{name: hello, route_prefix: /, import_path: 'hello_app:app'}]\n"
 
 
-def client(info: ClusterInfo, *command: str, timeout_s: float = 90) -> str:
+def client(info: ClusterInfo, *command: str, timeout_s: float = 180) -> str:
     """Run a program as a user would after `shoal env`; returns what it printed."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SHOAL_"))}
     done = subprocess.run(
@@ -61,10 +61,8 @@ def served(running: ClusterInfo) -> ClusterInfo:
     return running
 
 
-def test_every_listener_is_on_loopback_with_an_app_that_serves(
-    served: ClusterInfo, wait_until: Callable[..., None]
-) -> None:
-    wait_until(lambda: fetch(served.serve_url) == "hello", what=f"{served.serve_url} answers", timeout_s=90)
+def test_every_listener_is_on_loopback_with_an_app_that_serves(served: ClusterInfo) -> None:
+    wait_until(lambda: fetch(served.serve_url) == "hello", f"{served.serve_url} answers")
     own = {served.ports[name] for name in ("serve", "haproxy_stats", "haproxy_metrics")}
 
     def haproxy_listens_on_its_ports() -> bool:
@@ -73,7 +71,7 @@ def test_every_listener_is_on_loopback_with_an_app_that_serves(
             item.port for item in processes.listeners(served.cluster_id) if item.process == "haproxy"
         } == own
 
-    wait_until(haproxy_listens_on_its_ports, what=f"HAProxy listens on {sorted(own)} and nowhere else")
+    wait_until(haproxy_listens_on_its_ports, f"HAProxy listens on {sorted(own)} and nowhere else")
     found = processes.listeners(served.cluster_id)
     assert [item for item in found if not item.is_loopback] == []
     assert any("ServeReplica" in item.process for item in found)
@@ -102,7 +100,7 @@ def test_a_wrong_token_is_refused(running: ClusterInfo, tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["/api/version", "/api/jobs/", "/api/v0/actors", "/api/serve/applications/"])
 def test_no_token_is_refused(running: ClusterInfo, path: str) -> None:
     with pytest.raises(urllib.error.HTTPError, match="401"):
-        urllib.request.urlopen(running.dashboard_url + path, timeout=5)
+        urllib.request.urlopen(running.dashboard_url + path, timeout=30)
 
 
 def test_up_again_is_the_same_cluster_and_says_so(running: ClusterInfo) -> None:
@@ -129,13 +127,6 @@ def test_down_from_inside_the_cluster_is_refused(
     with pytest.raises(RequestError, match="from inside the cluster"):
         down(running.project)
     assert running.is_alive()
-
-
-def test_ray_job_submit_needs_only_the_environment(running: ClusterInfo, tmp_path: Path) -> None:
-    code = "import os, shoal; print('record', os.path.basename(os.environ['SHOAL_CLUSTER']))"
-    (tmp_path / "job.py").write_text(code)
-    command = ("job", "submit", "--working-dir", str(tmp_path), "--", "python", "job.py")
-    assert "record cluster.json" in client(running, str(BIN / "ray"), *command)
 
 
 ATTACH = """
@@ -172,7 +163,7 @@ def test_a_process_that_imported_ray_attaches_and_listens_on_loopback(running: C
         env={**kept, "PYTHONPATH": str(Path(dashboard.__file__).parents[2])},
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=180,
     )
     assert done.stdout == "done\n", done.stdout + done.stderr
     assert done.stderr == ""

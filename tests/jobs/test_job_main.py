@@ -6,8 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -15,8 +13,7 @@ import pytest
 from projects import ROOT, write_project
 from shoal.storage import Storage
 from shoal.tracking import RunRecord, RunState, list_runs
-
-DEADLINE_S = 120.0
+from waiting import DEADLINE_S, wait_until
 
 
 def environment() -> dict[str, str]:
@@ -93,12 +90,13 @@ def only_run(project: Path) -> RunRecord:
 def test_under_torchrun_it_trains_into_the_projects_storage_and_stops_gracefully(project: Path) -> None:
     process = torchrun(project, "hidden=16", "--steps=1000000")
     try:
-        deadline = time.monotonic() + DEADLINE_S
         runs = Storage(project / ".shoal").runs_dir
-        while not any(runs.glob("*/journal.jsonl")) or only_run(project).step < 10:
+
+        def has_begun() -> bool:
             assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline, "the run has not started"
-            threading.Event().wait(0.1)
+            return any(runs.glob("*/journal.jsonl")) and only_run(project).step >= 10
+
+        wait_until(has_begun, "the run takes ten steps")
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate(timeout=DEADLINE_S)
     finally:

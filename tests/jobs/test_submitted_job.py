@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -13,8 +11,7 @@ from projects import ROOT
 from shoal.cluster import ClusterInfo
 from shoal.storage import Storage
 from shoal.tracking import RunRecord, RunState
-
-DEADLINE_S = 90.0
+from waiting import wait_until
 
 
 @pytest.fixture
@@ -45,20 +42,14 @@ def test_it_trains_into_the_clusters_storage_and_stops_with_a_checkpoint(
         runtime_env={"working_dir": str(upload)},
     )
     record = RunRecord(Storage(cluster.storage), "uploaded")
-    deadline = time.monotonic() + DEADLINE_S
 
-    def wait_until(is_so: object, what: str) -> None:
-        assert callable(is_so)
-        while not is_so():
-            assert time.monotonic() < deadline, (
-                f"{what}: {client.get_job_status(job)}\n{client.get_job_logs(job)}"
-            )
-            threading.Event().wait(0.1)
+    def logs() -> str:
+        return f"it goes on: {client.get_job_status(job)}\n{client.get_job_logs(job)}"
 
-    wait_until(lambda: record.step >= 10 or client.get_job_status(job).is_terminal(), "no step was taken")
+    wait_until(lambda: record.step >= 10 or client.get_job_status(job).is_terminal(), logs)
     assert record.state() == RunState.RUNNING, client.get_job_logs(job)
     client.stop_job(job)
-    wait_until(lambda: client.get_job_status(job).is_terminal(), "the job does not stop")
+    wait_until(lambda: client.get_job_status(job).is_terminal(), logs)
     assert client.get_job_status(job) == JobStatus.STOPPED
     assert record.state() == RunState.STOPPED, client.get_job_logs(job)
     assert record.events(("checkpoint",))[-1]["step"] == record.step

@@ -196,11 +196,10 @@ def test_one_deploy_never_deletes_another(served: Any, cluster: Any) -> None:
                 lambda name: deploy(cluster, "serve_apps.digits:app", model=str(first), name=name), names
             )
         )
-    assert {"served", *names} <= {running.name for running in apps(cluster)}
-    for running in (app, *others):
-        assert running.predict(PIXELS)["version"] == first.version
-    for other in others:
-        other.delete()
+        assert {"served", *names} <= {running.name for running in apps(cluster)}
+        for running in (app, *others):
+            assert running.predict(PIXELS)["version"] == first.version
+        list(pool.map(lambda other: other.delete(), others))
     with pytest.raises(NotFoundError, match="no app 'third'"):
         others[1].delete()
     assert app.predict(PIXELS)["version"] == first.version

@@ -13,6 +13,7 @@ from shoal.errors import TrackingError
 from shoal.storage import FileLock, Storage
 from shoal.tracking import RunRecord, Tracker
 from shoal.tracking.tracker import MAX_BACKOFF_S
+from waiting import DEADLINE_S
 
 SECONDS = itertools.count(1_700_000_000)
 IDENTITY = {"recipe": "jobs.digits:Digits", "fields": {"lr": 0.1}, "seed": 7}
@@ -398,7 +399,7 @@ def test_the_background_thread_delivers(tracker, storage, fake):
     record = begin(storage)
     tracker.start()
     finish(record)
-    assert fake.settled.wait(timeout=20.0), tracker.status()
+    assert fake.settled.wait(timeout=DEADLINE_S), tracker.status()
 
 
 def test_no_credentials_in_what_people_see(storage):

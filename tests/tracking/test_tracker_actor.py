@@ -11,7 +11,7 @@ from shoal.errors import NotFoundError
 from shoal.storage import Storage, commit
 from shoal.tracking import RunRecord, ensure_tracker, open_registry
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.cluster
 
 
 def write(directory, version):

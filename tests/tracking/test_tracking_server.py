@@ -19,7 +19,7 @@ from shoal.storage import Storage, commit
 from shoal.tracking import Registry, RunRecord, Tracker
 from shoal.tracking.mlflow_store import MlflowStore
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def server(folder, port):
             try:
                 if requests.get(f"http://127.0.0.1:{port}/health", timeout=5).ok:
                     break
-            except requests.ConnectionError:
+            except requests.RequestException:  # not yet, or too busy to answer
                 pass
             assert time.monotonic() < deadline, (folder / "server.log").read_text()
             assert process.poll() is None, (folder / "server.log").read_text()

@@ -17,21 +17,20 @@ from shoal.train.checkpoints import checkpoint_path
 
 STEPS = 100
 TRAINEE = Path(__file__).with_name("trainee.py")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def torchrun(num_workers: int, storage: Path, name: str, *, kill: str = "") -> int:
+def train(num_workers: int, storage: Path, *names: str, kill: str = "") -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
-        "PYTHONPATH": f"{ROOT / 'platform'}:{TRAINEE.parent}",
+        "PYTHONPATH": f"{ROOT / 'platform'}:{ROOT / 'tests'}:{TRAINEE.parent}",
         "SHOAL_TEST_KILL": kill,
         "OMP_NUM_THREADS": "1",
     }
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_workers}",
-        str(TRAINEE), str(storage), name, str(STEPS),
-    ]  # fmt: skip
-    return subprocess.run(command, env=environment, capture_output=True, timeout=120, check=False).returncode
+    agent = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_workers}"]
+    how = agent if num_workers > 1 else []
+    command = [sys.executable, *how, str(TRAINEE), str(storage), str(STEPS), *names]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
 def fingerprint_of(storage: Path, name: str) -> str:
@@ -45,11 +44,13 @@ def fingerprint_of(storage: Path, name: str) -> str:
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
 def test_a_killed_run_ends_with_the_same_bits(num_workers: int, tmp_path: Path) -> None:
-    assert torchrun(num_workers, tmp_path, "undisturbed") == 0
-    assert torchrun(num_workers, tmp_path, "killed", kill=f"{num_workers - 1}:57") != 0
+    first = train(num_workers, tmp_path, "undisturbed", "killed", kill=f"{num_workers - 1}:57")
+    assert first.returncode != 0
+    assert RunRecord(Storage(tmp_path), "undisturbed").state() == RunState.FINISHED, first.stderr
     killed = RunRecord(Storage(tmp_path), "killed")
     assert killed.state() == RunState.INTERRUPTED
-    assert torchrun(num_workers, tmp_path, "killed") == 0
+    second = train(num_workers, tmp_path, "killed")
+    assert second.returncode == 0, second.stderr
 
     starts = killed.events(("start",))
     assert [start["step"] == 0 for start in starts] == [True, False], (

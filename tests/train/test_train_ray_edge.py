@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +18,13 @@ import pytest
 
 from shoal.config import Range
 from shoal.errors import DeadlineExceeded, RecipeError, RequestError, WorkerLost
+from waiting import DEADLINE_S, wait_until
 
 if TYPE_CHECKING:
     from shoal.cluster import ClusterInfo
 
 ROOT = Path(__file__).resolve().parents[2]
-TWO = Range(2, 2)
+ONE, TWO = Range(1, 1), Range(2, 2)
 LOOK = "platform/shoal/train/ray_edge.py relies on it: see what replaced it in this version of Ray Train"
 
 _V2 = "ray.train.v2._internal"
@@ -186,13 +186,6 @@ def nothing_left(cluster: ClusterInfo) -> Iterator[None]:
     wait_until(lambda: ray.available_resources().get("CPU") == free, f"{free} CPUs are free")
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not so after {timeout_s} s: {what}"
-        threading.Event().wait(0.02)
-
-
 def notes(folder: Path, rank: int) -> list[dict[str, Any]]:
     path = folder / f"rank-{rank}.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -255,10 +248,10 @@ class TestOnACluster:
     ) -> None:
         from shoal.train import ray_edge
 
-        grants = itertools.chain([9], itertools.repeat(2))  # 9 were never free
+        grants = itertools.chain([9], itertools.repeat(1))  # 9 were never free
         monkeypatch.setattr(ray_edge, "wait_for_grant", lambda *_, **__: next(grants))
-        workers("sum_ranks", start_timeout_s=1.0).run()
-        assert [line["world"] for line in notes(tmp_path, 0)] == [2]
+        workers("sum_ranks", ONE, start_timeout_s=1.0).run()
+        assert [line["world"] for line in notes(tmp_path, 0)] == [1]
 
     def test_an_error_of_a_recipe_comes_out_as_it_is_and_at_once(
         self, workers: Callable[..., Any], tmp_path: Path
@@ -269,9 +262,9 @@ class TestOnACluster:
         assert len(notes(tmp_path, 1)) == 1
 
     def test_failing_too_often_is_worker_lost(self, workers: Callable[..., Any], tmp_path: Path) -> None:
-        with pytest.raises(WorkerLost, match=r"(?s)failed 2 time\(s\), and 1 restart\(s\).*no such thing"):
-            workers("stumble", Range(1, 1), max_failures=1).run()
-        assert len(notes(tmp_path, 0)) == 2
+        with pytest.raises(WorkerLost, match=r"(?s)failed 1 time\(s\), and 0 restart\(s\).*no such thing"):
+            workers("stumble", ONE, max_failures=0).run()
+        assert len(notes(tmp_path, 0)) == 1
 
     def test_a_killed_worker_is_replaced_and_nothing_is_printed(
         self, workers: Callable[..., Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -281,40 +274,40 @@ class TestOnACluster:
         os.kill(notes(tmp_path, 1)[0]["pid"], signal.SIGKILL)
         wait_until(lambda: len(notes(tmp_path, 0)) == 2, "the group runs again")
         (tmp_path / "finish").touch()
-        thread.join(30)
+        thread.join(DEADLINE_S)
         assert (thread.is_alive(), thread.error) == (False, None)
         assert capfd.readouterr() == ("", "")
 
     def test_a_killed_controller_is_replaced(self, workers: Callable[..., Any], tmp_path: Path) -> None:
         import ray
 
-        group = workers("step_until_told")
+        group = workers("step_until_told", ONE)
         thread = InThread(group)
-        wait_until(lambda: bool(notes(tmp_path, 1)), "the workers run")
+        wait_until(lambda: bool(notes(tmp_path, 0)), "the worker runs")
         ray.kill(group._controller)
         wait_until(lambda: len(notes(tmp_path, 0)) == 2, "the group runs again")
         (tmp_path / "finish").touch()
-        thread.join(30)
+        thread.join(DEADLINE_S)
         assert (thread.is_alive(), thread.error) == (False, None)
 
     def test_abort_while_running_returns_quietly(self, workers: Callable[..., Any], tmp_path: Path) -> None:
-        group = workers("step_until_told")
+        group = workers("step_until_told", ONE)
         thread = InThread(group)
-        wait_until(lambda: bool(notes(tmp_path, 1)), "the workers run")
+        wait_until(lambda: bool(notes(tmp_path, 0)), "the worker runs")
         group.abort()
         group.abort()
-        thread.join(30)
+        thread.join(DEADLINE_S)
         assert (thread.is_alive(), thread.error, group.is_aborted) == (False, None, True)
 
     def test_abort_at_any_moment_of_the_start_leaves_nothing(self, workers: Callable[..., Any]) -> None:
-        group = workers("step_until_told")
+        group = workers("step_until_told", ONE)
         group.abort()
         group.run()
-        group = workers("step_until_told")
+        group = workers("step_until_told", ONE)
         thread = InThread(group)
         wait_until(lambda: group._controller is not None, "there is a controller")
         group.abort()
-        thread.join(30)
+        thread.join(DEADLINE_S)
         assert (thread.is_alive(), thread.error) == (False, None)
 
 

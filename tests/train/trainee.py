@@ -1,6 +1,6 @@
-"""Run one run under torchrun, as a test's subprocess: ``trainee.py STORAGE NAME STEPS``.
+"""Train runs one after the other, alone or under torchrun: ``trainee.py STORAGE STEPS NAME...``, a test's subprocess.
 
-``SHOAL_TEST_KILL=rank:step`` kills that rank with SIGKILL in the middle of that step.
+``SHOAL_TEST_KILL=rank:step`` kills that rank with SIGKILL in the middle of that step of the last one.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 import shoal
@@ -17,43 +16,42 @@ from shoal.train.engine import train_worker
 from shoal.train.group import torchrun_group
 from shoal.train.spec import RunSpec
 from toy import Toy
+from waiting import wait_until
 
 
 class KilledToy(Toy):
     """Toy, one of whose workers dies."""
+
+    def checkpoints(self) -> Path:
+        return Storage(Path(sys.argv[1])).run_dir(sys.argv[-1]) / "checkpoints"
 
     def train(self, session: shoal.Session) -> None:
         rank, step = map(int, os.environ["SHOAL_TEST_KILL"].split(":"))
         for batch in session.batches():
             loss = session.loss(batch)
             if (session.group.rank, session.steps_done) == (rank, step):
-                wait_for_a_checkpoint()
+                wait_until(
+                    lambda: any(self.checkpoints().glob("step-*")), "a slow disk has a first checkpoint"
+                )
                 os.kill(os.getpid(), signal.SIGKILL)
             session.backward(loss)
             session.step()
 
 
-def wait_for_a_checkpoint(timeout_s: float = 60.0) -> None:
-    """Until the one of step 20 is committed: a slow disk may still be writing it."""
-    folder = Storage(Path(sys.argv[1])).run_dir(sys.argv[2]) / "checkpoints"
-    deadline = time.monotonic() + timeout_s
-    while not any(folder.glob("step-*")):
-        assert time.monotonic() < deadline, "no checkpoint was committed"
-
-
 def main() -> None:
-    storage, name, steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    recipe = KilledToy() if os.environ.get("SHOAL_TEST_KILL") else Toy()
-    spec = RunSpec(
-        recipe=recipe,
-        name=name,
-        storage=Storage(storage),
-        target_steps=steps,
-        checkpoint_every_s=0.05,
-        threads=1,
-    )
+    storage, steps, names = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     with torchrun_group() as group:
-        train_worker(spec, group)
+        for name in names:
+            is_victim = bool(os.environ.get("SHOAL_TEST_KILL")) and name == names[-1]
+            spec = RunSpec(
+                recipe=KilledToy() if is_victim else Toy(),
+                name=name,
+                storage=Storage(storage),
+                target_steps=steps,
+                checkpoint_every_s=0.05,
+                threads=1,
+            )
+            train_worker(spec, group)
 
 
 if __name__ == "__main__":

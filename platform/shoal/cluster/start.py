@@ -124,9 +124,10 @@ def private_dir(path: Path) -> None:
 
 
 def answers(dashboard_url: str, token_path: Path) -> bool:
-    """Whether the dashboard answers to this token now."""
+    """Whether the dashboard answers to this token now, and the GCS behind it."""
     try:
-        dashboard.get(dashboard_url, "/api/version", token_path)
+        # Read from the GCS: a dashboard outlives a killed GCS by seconds, and would tell its own version meanwhile.
+        dashboard.get(dashboard_url, ray_edge.STATUS_PATH, token_path)
     except (ClusterError, AccessError):
         return False
     return True
@@ -300,10 +301,14 @@ def _write_haproxy_launcher(run_dir: Path) -> None:
 
 
 def answers_within(info: ClusterInfo, *, timeout_s: float) -> bool:
-    """Whether a recorded cluster answers; asks again until ``timeout_s``, for a machine that is busy."""
+    """Whether a recorded cluster answers and lives on; asks again until ``timeout_s``, for a machine that is busy.
+
+    A process that was killed counts as alive until the kernel is done with it, so a look at the processes alone
+    would find a cluster that is dying.
+    """
     deadline = time.monotonic() + timeout_s
     while not answers(info.dashboard_url, info.token_path):
         if time.monotonic() > deadline or not info.is_alive():
             return False
         time.sleep(0.2)
-    return True
+    return info.is_alive()

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from shoal.cluster import dashboard, processes
+from shoal.cluster import dashboard, processes, ray_edge
 from shoal.cluster.info import ClusterInfo
 
 RESOURCES = ("CPU", "GPU", "memory")
@@ -86,7 +86,7 @@ def _free(info: ClusterInfo, total: Mapping[str, float]) -> dict[str, float]:
     if ray is not None and ray.is_initialized() and ray.get_runtime_context().gcs_address == info.address:
         available = ray.available_resources()
         return {name: float(available.get(name, 0.0)) for name in total}
-    answer = dashboard.get(info.dashboard_url, "/api/cluster_status", info.token_path)
+    answer = dashboard.get(info.dashboard_url, ray_edge.STATUS_PATH, info.token_path)
     report = answer["data"]["clusterStatus"] or {}
     usage = report.get("loadMetricsReport", {}).get("usage", {})
     return {name: amount - usage.get(name, (0.0, 0.0))[0] for name, amount in total.items()}
