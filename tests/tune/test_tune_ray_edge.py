@@ -34,7 +34,7 @@ SEED_THAT_BEGINS_WITH_THE_FIRST = 0
 HERE = Path(__file__).resolve().parent
 
 
-def wait_until(is_so: Callable[[], bool], what: str, *, timeout_s: float = 60.0) -> None:
+def wait_until(is_so: Callable[[], bool], what: str, *, timeout_s: float = 20.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not is_so():
         assert time.monotonic() < deadline, f"waited {timeout_s:g} s for: {what}"
@@ -253,6 +253,7 @@ class TestTrialsOfTwoWorkers:
         run = RunRecord(Storage(cluster.storage), run_of("killed-pair", 1))
         wait_for_victim(tmp_path)
         pids = {actor.class_name: actor.pid for actor in list_actors(filters=[("state", "=", "ALIVE")])}
+        print(pids)
         old = {*run.events(("start",))[0]["pids"], *pids.values()}
         os.kill(pids["Trial"], signal.SIGKILL)
         wait_until(lambda: not any(map(psutil.pid_exists, old)), "its controller and workers to be gone")
