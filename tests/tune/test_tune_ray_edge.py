@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -34,7 +35,7 @@ SEED_THAT_BEGINS_WITH_THE_FIRST = 0
 HERE = Path(__file__).resolve().parent
 
 
-def wait_until(is_so: Callable[[], bool], what: str, *, timeout_s: float = 20.0) -> None:
+def wait_until(is_so: Callable[[], bool], what: str, *, timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not is_so():
         assert time.monotonic() < deadline, f"waited {timeout_s:g} s for: {what}"
@@ -61,6 +62,15 @@ def test_tune_still_makes_its_actors_with_the_class_we_replace() -> None:
 
     assert "self._class_cache.get(trainable_cls)" in inspect.getsource(tune_controller.TuneController), (
         "TuneController no longer asks its class cache: trials get a runtime environment and a fresh process again"
+    )
+
+
+def test_an_empty_head_leaves_one_bundle_for_each_worker() -> None:
+    from ray import tune
+
+    factory = tune.PlacementGroupFactory([{}, {"CPU": 1}, {"CPU": 1}])
+    assert (factory.bundles, factory.head_bundle_is_empty) == ([{"CPU": 1}, {"CPU": 1}], True), (
+        "bundle n of a trial's placement group is no longer worker n's: see ray_edge.run_trials"
     )
 
 
@@ -225,6 +235,7 @@ class TestTrialsOfTwoWorkers:
         )
         run = RunRecord(Storage(cluster.storage), run_of("killed-worker", 1))
         victim = wait_for_victim(tmp_path)
+        wait_until(lambda: bool(run.events(("checkpoint",))), "a commit to go on from")
         before = rooms()
         os.kill(victim, signal.SIGKILL)
         wait_until(lambda: run.attempt == 2, "the workers to start again")
@@ -252,10 +263,11 @@ class TestTrialsOfTwoWorkers:
         )
         run = RunRecord(Storage(cluster.storage), run_of("killed-pair", 1))
         wait_for_victim(tmp_path)
-        pids = {actor.class_name: actor.pid for actor in list_actors(filters=[("state", "=", "ALIVE")])}
-        print(pids)
-        old = {*run.events(("start",))[0]["pids"], *pids.values()}
-        os.kill(pids["Trial"], signal.SIGKILL)
+        wait_until(lambda: bool(run.events(("checkpoint",))), "a commit to go on from")
+        trial = json.loads(run.driver_lock_path.read_text())["pid"]
+        old = {actor.pid for actor in list_actors(filters=[("state", "=", "ALIVE")])}
+        assert old > {trial, *run.events(("start",))[0]["pids"]}  # and their controller
+        os.kill(trial, signal.SIGKILL)
         wait_until(lambda: not any(map(psutil.pid_exists, old)), "its controller and workers to be gone")
         sweep.wait(progress=False, timeout_s=120)
         assert [trial.state for trial in sweep.trials] == [TrialState.FINISHED]
