@@ -73,7 +73,7 @@ def test_each_evaluation_is_reported_once_and_the_last_with_the_end(spec: RunSpe
     driver = PlayedDriver(record)
     trial = TrialOnWorkers(spec, driver)
     measure(record, 20, 30)
-    measure(record, 30, split="test")
+    measure(record, 35, split="test")
     assert [trial.next(), trial.next()] == [evaluation(20), evaluation(30)]
     measure(record, 30, 40)  # the workers started again at step 20
     last = end(record, 40, "finished")
@@ -82,10 +82,14 @@ def test_each_evaluation_is_reported_once_and_the_last_with_the_end(spec: RunSpe
 
 
 def test_what_a_driver_wrote_before_it_was_gone_is_not_missed(spec: RunSpec, record: RunRecord) -> None:
-    driver = PlayedDriver(record)
-    trial = TrialOnWorkers(spec, driver)
-    measure(record, 10)
-    driver.alive = False
+    class Ends(PlayedDriver):
+        def is_alive(self) -> bool:
+            if self.alive:
+                measure(record, 10)
+            self.alive = False
+            return self.alive
+
+    trial = TrialOnWorkers(spec, Ends(record))
     assert trial.next() == evaluation(10)
     assert trial.next().has_ended
 
