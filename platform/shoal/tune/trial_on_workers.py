@@ -36,9 +36,8 @@ class TrialOnWorkers:
                 that died too often: these restarts are used up, and the run's record says so.
         """
         while True:
-            is_over = (
-                not self._driver.is_alive()
-            )  # before the look: what is written in between is found next time
+            # In this order: what a driver writes before it is gone must not be missed.
+            is_over = not self._driver.is_alive()
             self._look()
             if self._unread:
                 return self._unread.popleft()
