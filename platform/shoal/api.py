@@ -301,13 +301,13 @@ class Cluster:
         """Search over the recipe's fields; returns at once. Options are those of `shoal.tune.start_sweep`.
 
         What is not given comes from the file: ``tune`` (trials, concurrent) and ``train`` (checkpoint_every,
-        retries, and the pool that says whether a trial holds a GPU).
+        retries, and the pool that says whether a trial's worker holds a GPU).
         """
         from shoal.tune import start_sweep
 
         options.setdefault("checkpoint_every_s", float(self.config.train.checkpoint_every))
         options.setdefault("retries", self.config.train.retries)
-        options.setdefault("gpus_per_trial", self.worker_resources().get("GPU", 0.0))
+        options.setdefault("gpus_per_worker", self.worker_resources().get("GPU", 0.0))
         return start_sweep(
             self.info,
             recipe,

@@ -54,6 +54,12 @@ RELIED_ON: list[tuple[str, str, tuple[str, ...]]] = [
     (f"{_V2}.execution.worker_group.worker_group", "SynchronizationActor", ()),
     (f"{_V2}.execution.worker_group.state", "_shutdown_sync_actor", ("sync_actor",)),
     (f"{_V2}.execution.worker_group.placement_group_handle", "DefaultPlacementGroupHandle.__init__", ("pg",)),
+    (f"{_V2}.execution.worker_group.placement_group_handle", "DefaultPlacementGroupHandle.shutdown", ()),
+    (
+        f"{_V2}.execution.worker_group",
+        "WorkerGroup._create_workers",
+        ("num_workers", "placement_group", "placement_group_bundle_indices"),
+    ),
     (f"{_V2}.execution.failure_handling", "FailurePolicy.make_decision", ("training_failed_error",)),
     (f"{_V2}.execution.scaling_policy", "ScalingPolicy.make_decision_for_non_running_worker_group", ()),
     (f"{_V2}.execution.scaling_policy", "ScalingPolicy.make_decision_for_running_worker_group", ()),
@@ -289,6 +295,25 @@ class TestOnACluster:
         (tmp_path / "finish").touch()
         thread.join(DEADLINE_S)
         assert (thread.is_alive(), thread.error) == (False, None)
+
+    def test_workers_start_again_in_room_that_was_lent_and_leave_it(
+        self, workers: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        import ray
+        from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+
+        room = placement_group([{"CPU": 2}, {"CPU": 2}])  # every CPU: the workers find no other room
+        ray.get(room.ready(), timeout=30)
+        thread = InThread(workers("step_until_told", placement_group=room))
+        wait_until(lambda: bool(notes(tmp_path, 1)), "the workers run")
+        os.kill(notes(tmp_path, 1)[0]["pid"], signal.SIGKILL)
+        wait_until(lambda: len(notes(tmp_path, 0)) == 2, "the group runs again")
+        (tmp_path / "finish").touch()
+        thread.join(30)
+        assert (thread.is_alive(), thread.error) == (False, None)
+        (group,) = (group for group in placement_group_table().values() if group["state"] != "REMOVED")
+        assert (group["placement_group_id"], group["state"]) == (room.id.hex(), "CREATED")
+        remove_placement_group(room)
 
     def test_abort_while_running_returns_quietly(self, workers: Callable[..., Any], tmp_path: Path) -> None:
         group = workers("step_until_told", ONE)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
 import searched
 from searched import Line
@@ -19,7 +22,7 @@ from shoal.errors import ClusterError, RecipeError, RequestError
 from shoal.storage import Storage
 from shoal.tracking import RunRecord, RunState
 from shoal.tune import Sweep, TrialState, start_sweep
-from shoal.tune.record import SweepRecord
+from shoal.tune.record import SweepRecord, run_of
 from shoal.tune.space import choice, loguniform
 from waiting import DEADLINE_S, wait_until
 
@@ -27,7 +30,16 @@ if TYPE_CHECKING:
     from shoal.cluster import ClusterInfo
 
 SPACE = {"lr": loguniform(1e-3, 1e-1)}
+SEED_THAT_BEGINS_WITH_THE_FIRST = 0
+"""Of a search that tries the first of two choices first."""
 HERE = Path(__file__).resolve().parent
+
+
+def wait_for_victim(folder: Path) -> int:
+    """The process that came half way and waits to be killed."""
+    flag = folder / "victim"
+    wait_until(lambda: flag.exists() and flag.read_text().endswith("\n"), "a trial to come half way")
+    return int(flag.read_text())
 
 
 # What an upgrade of Ray may move
@@ -43,6 +55,15 @@ def test_tune_still_makes_its_actors_with_the_class_we_replace() -> None:
 
     assert "self._class_cache.get(trainable_cls)" in inspect.getsource(tune_controller.TuneController), (
         "TuneController no longer asks its class cache: trials get a runtime environment and a fresh process again"
+    )
+
+
+def test_an_empty_head_leaves_one_bundle_for_each_worker() -> None:
+    from ray import tune
+
+    factory = tune.PlacementGroupFactory([{}, {"CPU": 1}, {"CPU": 1}])
+    assert (factory.bundles, factory.head_bundle_is_empty) == ([{"CPU": 1}, {"CPU": 1}], True), (
+        "bundle n of a trial's placement group is no longer worker n's: see ray_edge.run_trials"
     )
 
 
@@ -124,9 +145,7 @@ def test_a_killed_trial_goes_on_from_its_checkpoint(cluster: ClusterInfo, tmp_pa
         name="killed-trial",
         scheduler="none",
     )
-    victim = tmp_path / "victim"
-    wait_until(lambda: victim.exists() and victim.read_text().endswith("\n"), "a trial to come half way")
-    os.kill(int(victim.read_text()), signal.SIGKILL)
+    os.kill(wait_for_victim(tmp_path), signal.SIGKILL)
     sweep.wait(progress=False, timeout_s=DEADLINE_S)
     assert [trial.state for trial in sweep.trials] == [TrialState.FINISHED] * 2
     runs = [RunRecord(Storage(cluster.storage), trial.run) for trial in sweep.trials]
@@ -137,6 +156,119 @@ def test_a_killed_trial_goes_on_from_its_checkpoint(cluster: ClusterInfo, tmp_pa
     assert resumed["source"] == "checkpoint"
     # Not ==: the one of the step at which it was killed may have been committed without its line in the journal.
     assert committed[-1] <= resumed["step"] <= Line.steps // 2
+
+
+@pytest.fixture
+def nothing_left(cluster: ClusterInfo) -> Iterator[None]:
+    """After the test no placement group and no process of a trial remains, and all CPUs are free."""
+    import ray
+
+    yield
+    from ray.util.placement_group import placement_group_table
+    from ray.util.state import list_actors
+
+    wait_until(lambda: ray.available_resources().get("CPU") == cluster.num_cpus, "all CPUs to be free")
+    assert [group for group in placement_group_table().values() if group["state"] != "REMOVED"] == []
+    wait_until(lambda: not list_actors(filters=[("state", "=", "ALIVE")]), "every actor to be gone")
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("by_value", "nothing_left")
+class TestTrialsOfTwoWorkers:
+    def test_more_trials_than_fit_all_finish(self, cluster: ClusterInfo) -> None:
+        sweep = start_sweep(
+            cluster, Line(), SPACE, trials=5, concurrent=5, workers=2, name="pairs", scheduler="none"
+        )
+        assert "2 at a time instead of 5" in sweep.note
+        sweep.wait(progress=False, timeout_s=180)
+        assert [trial.state for trial in sweep.trials] == [TrialState.FINISHED] * 5
+        for trial in sweep.trials:
+            run = RunRecord(Storage(cluster.storage), trial.run)
+            (start,) = run.events(("start",))
+            assert (start["workers"], len(set(start["pids"]))) == (2, 2)
+            best = run.best("error", "min")
+            assert best is not None
+            assert (trial.value, trial.step) == (best["values"]["error"], 40)
+
+    def test_a_worse_trial_commits_and_ends_early(self, cluster: ClusterInfo) -> None:
+        """They come one after the other; at 1e-7 nothing is learned."""
+        sweep = start_sweep(
+            cluster,
+            Line(eval_every=100),
+            {"lr": choice([1e-1, 1e-7])},
+            trials=2,
+            concurrent=1,
+            workers=2,
+            name="pruned-pair",
+            seed=SEED_THAT_BEGINS_WITH_THE_FIRST,
+            steps=6_000,
+        ).wait(progress=False, timeout_s=180)
+        better, worse = sweep.trials
+        assert (better.state, better.fields["lr"]) == (TrialState.FINISHED, 1e-1)
+        assert worse.state is TrialState.PRUNED
+        run = RunRecord(Storage(cluster.storage), worse.run)
+        wait_until(lambda: run.state() is not RunState.RUNNING, "its workers to stop")
+        assert run.state() is RunState.STOPPED
+        assert run.events(("checkpoint",))[-1]["step"] == run.step
+        assert 0 < run.step < 6_000
+
+    def test_a_killed_worker_is_replaced_where_it_was(
+        self, cluster: ClusterInfo, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        from ray.util.placement_group import placement_group_table
+
+        def rooms() -> set[str]:
+            return {name for name, group in placement_group_table().items() if group["state"] == "CREATED"}
+
+        sweep = start_sweep(
+            cluster,
+            Line(flag_dir=str(tmp_path)),
+            SPACE,
+            trials=1,
+            concurrent=1,
+            workers=2,
+            name="killed-worker",
+            scheduler="none",
+        )
+        run = RunRecord(Storage(cluster.storage), run_of("killed-worker", 1))
+        victim = wait_for_victim(tmp_path)
+        wait_until(lambda: bool(run.events(("checkpoint",))), "a commit to go on from")
+        before = rooms()
+        os.kill(victim, signal.SIGKILL)
+        wait_until(lambda: run.attempt == 2, "the workers to start again")
+        assert (rooms(), len(before)) == (before, 1)
+        sweep.wait(progress=False, timeout_s=120)
+        assert [trial.state for trial in sweep.trials] == [TrialState.FINISHED]
+        first, second = run.events(("start",))
+        assert victim in first["pids"]
+        assert second["source"] == "checkpoint"
+        assert second["step"] in (10, 20)  # killed at 20, whose checkpoint the other worker may have written
+        assert capfd.readouterr() == ("", "")
+
+    def test_a_killed_trial_takes_its_workers_with_it(self, cluster: ClusterInfo, tmp_path: Path) -> None:
+        from ray.util.state import list_actors
+
+        sweep = start_sweep(
+            cluster,
+            Line(flag_dir=str(tmp_path)),
+            SPACE,
+            trials=1,
+            concurrent=1,
+            workers=2,
+            name="killed-pair",
+            scheduler="none",
+        )
+        run = RunRecord(Storage(cluster.storage), run_of("killed-pair", 1))
+        wait_for_victim(tmp_path)
+        wait_until(lambda: bool(run.events(("checkpoint",))), "a commit to go on from")
+        trial = json.loads(run.driver_lock_path.read_text())["pid"]
+        old = {actor.pid for actor in list_actors(filters=[("state", "=", "ALIVE")])}
+        assert old > {trial, *run.events(("start",))[0]["pids"]}  # and their controller
+        os.kill(trial, signal.SIGKILL)
+        wait_until(lambda: not any(map(psutil.pid_exists, old)), "its controller and workers to be gone")
+        sweep.wait(progress=False, timeout_s=120)
+        assert [trial.state for trial in sweep.trials] == [TrialState.FINISHED]
+        assert run.events(("start",))[-1]["source"] == "checkpoint"
 
 
 @pytest.mark.cluster
@@ -219,7 +351,7 @@ def test_a_full_cluster_delays_a_sweep_and_it_can_still_be_stopped(cluster: Clus
             name=name,
             scheduler="none",
             steps=1_000_000,
-            cpus_per_trial=cluster.num_cpus,
+            cpus_per_worker=cluster.num_cpus,
         )
 
     first = start("fills")
@@ -248,8 +380,21 @@ def test_a_recipe_that_fails_is_an_error(cluster: ClusterInfo) -> None:
 @pytest.mark.cluster
 def test_what_never_fits_is_refused_before_anything_is_written(cluster: ClusterInfo) -> None:
     with pytest.raises(RequestError, match="can never start"):
-        start_sweep(cluster, Line(), SPACE, trials=2, concurrent=2, name="huge", cpus_per_trial=1000)
+        start_sweep(cluster, Line(), SPACE, trials=2, concurrent=2, name="huge", cpus_per_worker=1000)
+    with pytest.raises(
+        RequestError, match="3 workers with 2 CPU each can never start: the cluster has 4 CPU"
+    ):
+        start_sweep(cluster, Line(), SPACE, trials=2, concurrent=2, name="huge", workers=3, cpus_per_worker=2)
     assert not SweepRecord(Storage(cluster.storage), "huge").dir.exists()
     with pytest.raises(RequestError) as caught:
-        start_sweep(cluster, Line(), SPACE, trials=0, concurrent=0, workers=2, scheduler="pbt")  # type: ignore[arg-type]
-    assert len(str(caught.value).splitlines()) == 5
+        start_sweep(
+            cluster,
+            Line(),
+            SPACE,
+            trials=0,
+            concurrent=0,
+            workers=0,
+            cpus_per_worker=-1,
+            scheduler="pbt",  # type: ignore[arg-type]
+        )
+    assert len(str(caught.value).splitlines()) == 6

@@ -87,6 +87,7 @@ def make_job_app(recipe: type[Recipe]) -> typer.Typer:
         space: opt.SpaceFields = None,
         trials: opt.Trials = None,
         concurrent: opt.Concurrent = None,
+        workers: opt.TrialWorkers = 1,
         steps: opt.Steps = None,
         name: opt.SweepName = None,
         seed: opt.Seed = 0,
@@ -96,7 +97,13 @@ def make_job_app(recipe: type[Recipe]) -> typer.Typer:
         from shoal.cli.tuning import SweepOptions, tune_and_wait
 
         options = SweepOptions(
-            trials=trials, concurrent=concurrent, steps=steps, name=name, seed=seed, scheduler=scheduler
+            trials=trials,
+            concurrent=concurrent,
+            workers=workers,
+            steps=steps,
+            name=name,
+            seed=seed,
+            scheduler=scheduler,
         )
         tune_and_wait(recipe, space or [], options)
 

@@ -61,6 +61,7 @@ Trials = Annotated[int | None, typer.Option(metavar="N", help="Trials of the swe
 Concurrent = Annotated[
     int | None, typer.Option(metavar="N", help="Trials at a time, at most. Default: the file's.")
 ]
+TrialWorkers = Annotated[int, typer.Option("--workers", metavar="N", help="Workers of each trial.")]
 SweepName = Annotated[
     str | None,
     typer.Option(

@@ -13,6 +13,7 @@ def add_to(app: typer.Typer) -> None:
     examples = (
         "shoal tune jobs.digits lr=log:1e-4..1e-1",
         "shoal tune jobs.digits lr=log:1e-4..1e-1 hidden=64,128 dropout=0.0..0.5 --trials 32 --concurrent 2",
+        "shoal tune jobs.digits lr=log:1e-4..1e-1 --workers 2",
     )
     command(app, panel=WORK, examples=examples)(tune)
 
@@ -22,6 +23,7 @@ def tune(
     space: opt.SpaceFields = None,
     trials: opt.Trials = None,
     concurrent: opt.Concurrent = None,
+    workers: opt.TrialWorkers = 1,
     steps: opt.Steps = None,
     name: opt.SweepName = None,
     seed: opt.Seed = 0,
@@ -35,6 +37,12 @@ def tune(
     from shoal.cli.tuning import SweepOptions, tune_and_wait
 
     options = SweepOptions(
-        trials=trials, concurrent=concurrent, steps=steps, name=name, seed=seed, scheduler=scheduler
+        trials=trials,
+        concurrent=concurrent,
+        workers=workers,
+        steps=steps,
+        name=name,
+        seed=seed,
+        scheduler=scheduler,
     )
     tune_and_wait(load_recipe(module), space or [], options)

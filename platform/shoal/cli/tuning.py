@@ -21,6 +21,7 @@ class SweepOptions:
 
     trials: int | None = None
     concurrent: int | None = None
+    workers: int = 1
     steps: int | None = None
     name: str | None = None
     seed: int = 0

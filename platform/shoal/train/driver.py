@@ -15,6 +15,8 @@ from shoal.train.run import Run
 from shoal.train.spec import RunSpec
 
 if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+
     from shoal.train.ray_edge import Workers
 
 
@@ -68,16 +70,27 @@ def finished_run(spec: RunSpec, record: RunRecord) -> Run | None:
 
 
 class WorkersDriver:
-    """A thread that keeps the workers of one run alive; see `run.Driver`."""
+    """A thread that keeps the workers of one run alive; see `run.Driver`.
+
+    ``placement_group`` is for a caller that holds the workers' room already, as in `ray_edge.Workers`.
+    """
 
     def __init__(
-        self, spec: RunSpec, record: RunRecord, workers: Range, resources_per_worker: Resources, retries: int
+        self,
+        spec: RunSpec,
+        record: RunRecord,
+        workers: Range,
+        resources_per_worker: Resources,
+        retries: int,
+        *,
+        placement_group: PlacementGroup | None = None,
     ) -> None:
         self._spec = spec
         self._record = record
         self._workers = workers
         self._resources_per_worker = resources_per_worker
         self._retries = retries
+        self._placement_group = placement_group
         self._begin = record.end_offset
         self._driving = FileLock(record.driver_lock_path)
         self._failure: BaseException | None = None
@@ -86,8 +99,8 @@ class WorkersDriver:
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._drive, name=f"shoal-run-{spec.name}", daemon=True)
 
-    def start(self) -> None:
-        """Begin; returns at once.
+    def start(self, *, heed_stop: bool = False) -> None:
+        """Begin; returns at once. ``heed_stop``: an earlier request to stop the run is meant for this start too.
 
         Raises:
             RequestError: another process drives the run.
@@ -96,7 +109,8 @@ class WorkersDriver:
             self._driving.acquire()
         except DeadlineExceeded:
             raise _is_being_trained(self._spec.name) from None
-        self._record.clear_stop()
+        if not heed_stop:
+            self._record.clear_stop()
         self._thread.start()
 
     def is_alive(self) -> bool:
@@ -146,6 +160,7 @@ class WorkersDriver:
             resources_per_worker=self._resources_per_worker,
             max_failures=self._retries,
             storage_path=_ray_folder(self._spec),
+            placement_group=self._placement_group,
         )
         with self._lock:
             self._group = group

@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ray
 import ray._private.worker as ray_worker_module
@@ -48,7 +48,12 @@ from ray.train.v2._internal.execution.scaling_policy import NoopDecision, Resize
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
-from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from shoal.capacity import Resources, wait_for_grant
 from shoal.cluster.warm import add_warm_processes
@@ -78,11 +83,16 @@ _NUM_GRANTS = 5
 class _Group(WorkerGroup):  # type: ignore[misc]  # Ray has no types
     """Workers without a runtime environment, in a placement group that can be found after a crash."""
 
+    lent: ClassVar[PlacementGroup | None] = None
+    """A placement group to use instead; the controller sets it in its process."""
+
     @staticmethod
     def _get_worker_runtime_env(custom_runtime_env: Mapping[str, Any]) -> dict[str, Any]:
         return dict(custom_runtime_env)
 
     def _create_placement_group(self, scaling_config: Any, context: Any) -> Any:
+        if self.lent is not None:
+            return _Lent(self.lent)
         return DefaultPlacementGroupHandle(
             placement_group(
                 [context.resources_per_worker] * context.num_workers,
@@ -90,6 +100,13 @@ class _Group(WorkerGroup):  # type: ignore[misc]  # Ray has no types
                 name=self._train_run_context.run_config.name,
             )
         )
+
+
+class _Lent(DefaultPlacementGroupHandle):  # type: ignore[misc]
+    """Somebody else's placement group: it is there already, and there when the workers start again."""
+
+    def shutdown(self) -> None:
+        """Leave it: the workers in it have been killed before this is called."""
 
 
 class _NoBarrier:
@@ -113,11 +130,12 @@ class _Controller(TrainController):  # type: ignore[misc]
 
     worker_group_cls = _Group
 
-    def __init__(self, *, environment: Mapping[str, str], **kwargs: Any) -> None:
+    def __init__(self, *, environment: Mapping[str, str], lent: PlacementGroup | None, **kwargs: Any) -> None:
         # This process runs nothing else, so what is changed here concerns this run alone.
         os.environ.update(environment)
         worker_group_module.SynchronizationActor = _NoBarrier
         worker_group_state_module._shutdown_sync_actor = lambda _: None
+        _Group.lent = lent
         self._num_warm_owed = 1  # this process
         super().__init__(**kwargs)
 
@@ -285,11 +303,11 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
             ray.remote(
                 num_cpus=0,
                 label_selector={ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()},
-            )(_Controller).remote(environment=self._environment, **kwargs)
+            )(_Controller).remote(environment=self._environment, lent=self._lent, **kwargs)
         )
 
 
-def _keep_raylet_quiet() -> None:
+def keep_raylet_quiet() -> None:
     """Send "A worker died ..." (13 lines) to our log: Ray prints it whatever ``log_to_driver`` says.
 
     A run restarts such a worker and says so itself.
@@ -327,6 +345,9 @@ class Workers:
         start_timeout_s: how long reserving room that was granted may take before it is granted anew. Takes
             milliseconds unless somebody else was faster, or what Ray says is free was out of date.
         collective_timeout_s: how long a worker waits for its peers in one collective before it fails.
+        placement_group: one that the caller holds, whose bundle n is room for worker n. The workers start, and
+            start again, in it instead of in room that is granted; it stays when they are gone. ``workers`` is
+            then one number, that of its bundles.
     """
 
     def __init__(
@@ -342,6 +363,7 @@ class Workers:
         grant_wait_s: float = 60.0,
         start_timeout_s: float = 3.0,
         collective_timeout_s: float = 120.0,
+        placement_group: PlacementGroup | None = None,
     ) -> None:
         self._fn = fn
         self._config = config
@@ -353,6 +375,7 @@ class Workers:
         self._grant_wait_s = grant_wait_s
         self._start_timeout_s = start_timeout_s
         self._collective_timeout_s = collective_timeout_s
+        self._placement_group = placement_group
         # Ray Train resumes a name it has seen, from files it does not verify: each start gets a new one.
         self._ray_name = f"shoal-{name}-{uuid.uuid4().hex[:8]}"
         self._stop = threading.Event()
@@ -368,7 +391,7 @@ class Workers:
     def run(self) -> None:
         """Run until ``fn`` returned on every worker; returns early, without an error, after `abort`.
 
-        Blocks. Whichever way it ends, no actor and no placement group of it remains.
+        Blocks. Whichever way it ends, no actor and no placement group that it made remains.
 
         Raises:
             RequestError: the workers can never fit into this cluster.
@@ -378,9 +401,7 @@ class Workers:
             ShoalError: whatever ``fn`` raised of that kind.
         """
         for _ in range(_NUM_GRANTS):
-            granted = wait_for_grant(
-                self._workers, self._resources_per_worker, wait_s=self._grant_wait_s, stop=self._stop
-            )
+            granted = self._wait_for_grant()
             try:
                 if self._stop.is_set() or self._run_group(granted):
                     return
@@ -405,6 +426,13 @@ class Workers:
             ray.get(controller.abort.remote(), timeout=_ABORT_PATIENCE_S)
         except (RayActorError, GetTimeoutError):
             ray.kill(controller)  # gone already, or busy starting workers: they die with it
+
+    def _wait_for_grant(self) -> int:
+        if self._placement_group is not None:
+            return self._workers.min
+        return wait_for_grant(
+            self._workers, self._resources_per_worker, wait_s=self._grant_wait_s, stop=self._stop
+        )
 
     def _run_group(self, num_workers: int) -> bool:
         """Run one controller to its end; False when its workers found no room, so a new grant is needed."""
@@ -455,8 +483,9 @@ class Workers:
             # The controller waits for its workers in an event loop on purpose.
             "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
         }
+        trainer._lent = self._placement_group
         trainer._on_controller = self._watch
-        _keep_raylet_quiet()
+        keep_raylet_quiet()
         failure: Exception | None = None
         try:
             trainer.fit()
@@ -489,8 +518,8 @@ class Workers:
     def _lost_message(self, error: Exception) -> str:
         return (
             f"run {self._name}: its workers failed {self._num_failures} time(s), and {self._max_failures} "
-            f"restart(s) were allowed (`train: retries`). The last committed checkpoint is kept: the same "
-            f"command goes on from it. Last failure: {error}"
+            f"restart(s) were allowed (`train: retries`). The last committed checkpoint is kept: the run goes on "
+            f"from it when it is started again. Last failure: {error}"
         )
 
 

@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -26,14 +25,19 @@ from ray.tune.execution import class_cache, tune_controller
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
+from ray.util.placement_group import get_current_placement_group
 
 from shoal.cluster.warm import add_warm_processes
+from shoal.config import Range
 from shoal.errors import ClusterError
 from shoal.recipe import Objective
 from shoal.tracking import RunRecord
+from shoal.train.driver import WorkersDriver
 from shoal.train.output import captured_output, log_path
+from shoal.train.ray_edge import keep_raylet_quiet
 from shoal.train.spec import RunSpec
 from shoal.tune.trial import OnEval, TrialPlan, TrialRun, train_here
+from shoal.tune.trial_on_workers import TrialOnWorkers
 from shoal.tune.trials import Trials
 
 logger = logging.getLogger(__name__)
@@ -56,7 +60,12 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
     def setup(self, config: dict[str, Any]) -> None:
         # Tune moves the process into a folder of its own; a recipe's relative paths mean where it was before.
         os.chdir(os.environ.get("TUNE_ORIG_WORKING_DIR", os.getcwd()))
-        self._run = TrialRun(self.plan.spec(config["trial"], config["fields"]), train=_train_logged)
+        spec = self.plan.spec(config["trial"], config["fields"])
+        self._run = (
+            TrialRun(spec, train=_train_logged)
+            if self.plan.workers == 1
+            else TrialOnWorkers(spec, _start_workers(spec, self.plan))
+        )
 
     def step(self) -> dict[str, Any]:
         report = self._run.next()
@@ -77,6 +86,21 @@ def _train_logged(spec: RunSpec, on_eval: OnEval) -> None:
     record = RunRecord(spec.storage, spec.name)
     with captured_output(log_path(record.logs_dir, 0)):
         train_here(spec, on_eval)
+
+
+def _start_workers(spec: RunSpec, plan: TrialPlan) -> WorkersDriver:
+    """Start the trial's workers in its own placement group: a second one, asked for while this one is held, is
+    how trials that each have half of what they need come to wait for each other for ever."""
+    driver = WorkersDriver(
+        spec,
+        RunRecord(spec.storage, spec.name),
+        Range(plan.workers, plan.workers),
+        plan.resources_per_worker,
+        plan.retries,
+        placement_group=get_current_placement_group(),
+    )
+    driver.start(heed_stop=True)
+    return driver
 
 
 class _Suggestions(Searcher):  # type: ignore[misc]
@@ -168,15 +192,13 @@ def run_trials(
     plan: TrialPlan,
     *,
     scheduler: TrialScheduler,
-    resources: Mapping[str, float],
     concurrent: int,
-    retries: int,
     folder: Path,
 ) -> None:
     """Run every trial that ``trials`` hands out, ``concurrent`` at a time; blocks until all are done.
 
-    Each trial's process holds ``resources``; a trial whose process dies is started again, on from its last
-    checkpoint, up to ``retries`` times. ``folder`` is Tune's own, deleted before and after.
+    A trial holds its workers' resources, all or none of them; one whose process dies is started again, on from
+    its last checkpoint. ``folder`` is Tune's own, deleted before and after.
 
     Raises:
         ClusterError: Tune gave up.
@@ -184,9 +206,12 @@ def run_trials(
     _prepare()
     shutil.rmtree(folder, ignore_errors=True)
     actor = type("Trial", (TrialActor,), {"plan": plan})
+    bundles = [dict(plan.resources_per_worker)] * plan.workers
+    if plan.workers > 1:
+        bundles = [{}, *bundles]  # the trial's process itself hardly computes
     try:
         tune.Tuner(
-            tune.with_resources(actor, tune.PlacementGroupFactory([dict(resources)])),
+            tune.with_resources(actor, tune.PlacementGroupFactory(bundles)),
             tune_config=tune.TuneConfig(
                 search_alg=_Suggestions(trials),
                 scheduler=scheduler,
@@ -200,7 +225,7 @@ def run_trials(
                 storage_path=str(folder.parent),
                 callbacks=[_Watch(trials)],
                 stop=_StopWhenIdle(trials),
-                failure_config=tune.FailureConfig(max_failures=retries),
+                failure_config=tune.FailureConfig(max_failures=plan.retries),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the engine keeps its own
                 verbose=0,
             ),
@@ -252,6 +277,7 @@ def _prepare() -> None:
     for name in ("ray.tune", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # a trial's error is in its run's record
     tune_controller._ActorClassCache = _WarmActorClasses  # other trainables get what they always got
+    keep_raylet_quiet()
 
 
 def _last_error(trial: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+    from shoal.capacity import Resources
     from shoal.cluster import ClusterInfo
     from shoal.train.spec import RunSpec
     from shoal.tune.trial import TrialPlan
@@ -227,8 +229,8 @@ def start_sweep(
     scheduler: SchedulerKind = "asha",
     steps: int | None = None,
     workers: int = 1,
-    cpus_per_trial: float = 1.0,
-    gpus_per_trial: float = 0.0,
+    cpus_per_worker: float = 1.0,
+    gpus_per_worker: float = 0.0,
     precision: Literal["fp32", "bf16"] = "fp32",
     checkpoint_every_s: float = 30.0,
     retries: int = 3,
@@ -244,30 +246,42 @@ def start_sweep(
         name: default ``<recipe>-sweep-<8 hex>``, of everything that makes it this search.
         seed: of the search and of every trial's run.
         steps: of each trial; None for the recipe's own.
-        cpus_per_trial, gpus_per_trial: what each trial's process holds; its torch threads are its whole CPUs.
-        retries: how often a trial whose process dies is started again.
+        workers: of each trial; it starts when there is room for all of them, and holds that until it ends.
+        cpus_per_worker, gpus_per_worker: what each of them holds; its torch threads are its whole CPUs.
+        retries: how often a trial whose process dies is started again; with several workers, how often these
+            are when one dies.
 
     Raises:
         RequestError: a search that is impossible as asked; nothing was started.
         IdentityError: the name belongs to another search.
         ClusterError: the cluster does not answer, or another process drives this very sweep.
     """
-    _check_numbers(trials=trials, concurrent=concurrent, steps=steps, workers=workers, scheduler=scheduler)
+    resources = (
+        {"CPU": cpus_per_worker, "GPU": gpus_per_worker} if gpus_per_worker else {"CPU": cpus_per_worker}
+    )
+    _check_numbers(
+        trials=trials,
+        concurrent=concurrent,
+        steps=steps,
+        workers=workers,
+        resources_per_worker=resources,
+        scheduler=scheduler,
+    )
     space = check_space(recipe, space)
     storage = Storage(info.storage)
     storage.check()
     possible = int(min(trials, num_combinations(space)))
-    template = _template(recipe, storage, steps, seed, precision, checkpoint_every_s, int(cpus_per_trial))
+    template = _template(recipe, storage, steps, seed, precision, checkpoint_every_s, int(cpus_per_worker))
     identity = _identity(template, space)
     record = SweepRecord(storage, name or sweep_name_of(identity))
-    resources = {"CPU": cpus_per_trial, "GPU": gpus_per_trial} if gpus_per_trial else {"CPU": cpus_per_trial}
-    fit = _num_fitting(info, resources, concurrent)
+    fit = _num_fitting(info, workers, resources)
     is_new = record.claim(identity)
     _take_lock(record)
     try:
         record.clear_stop()
-        plan, ledger = _prepare(record, template, space, possible, seed)
-        run = _runner(ledger, plan, scheduler, resources, concurrent=min(fit, concurrent), retries=retries)
+        plan = _plan(record, template, workers, resources, retries)
+        ledger = _ledger(record, plan, space, possible, seed)
+        run = _runner(ledger, plan, scheduler, concurrent=min(fit, concurrent))
         driver = _Driver(ledger, run if ledger.num_left else lambda: None, record.lock.release)
     except BaseException:
         record.lock.release()
@@ -275,7 +289,15 @@ def start_sweep(
     return Sweep(record, driver=driver, note=_note(ledger, trials, is_new, fit, concurrent))
 
 
-def _check_numbers(*, trials: int, concurrent: int, steps: int | None, workers: int, scheduler: str) -> None:
+def _check_numbers(
+    *,
+    trials: int,
+    concurrent: int,
+    steps: int | None,
+    workers: int,
+    resources_per_worker: dict[str, float],
+    scheduler: str,
+) -> None:
     problems = []
     if not 1 <= trials <= MAX_TRIALS:
         problems.append(f"trials={trials}: a sweep has 1 to {MAX_TRIALS}")
@@ -283,11 +305,12 @@ def _check_numbers(*, trials: int, concurrent: int, steps: int | None, workers: 
         problems.append(f"concurrent={concurrent}: at least 1 trial must run at a time")
     if steps is not None and steps < 1:
         problems.append(f"steps={steps}: a trial has at least 1 step")
-    if workers != 1:
-        problems.append(
-            f"workers={workers}: a sweep's trials have one worker each. Give each more CPUs "
-            "(cpus_per_trial=), and train the best one on several workers afterwards"
-        )
+    if workers < 1:
+        problems.append(f"workers={workers}: a trial has at least 1 worker")
+    amounts = resources_per_worker.values()
+    if not (all(0 <= amount < math.inf for amount in amounts) and any(amounts)):
+        asked = ", ".join(f"{name.lower()}s_per_worker={n:g}" for name, n in resources_per_worker.items())
+        problems.append(f"{asked}: a worker holds a CPU or a GPU, or part of one")
     if scheduler not in _SCHEDULERS:
         problems.append(f"scheduler={scheduler!r}: one of {', '.join(_SCHEDULERS)}")
     if problems:
@@ -334,7 +357,7 @@ def _identity(template: RunSpec, space: Space) -> dict[str, Any]:
     }
 
 
-def _num_fitting(info: ClusterInfo, resources: dict[str, float], concurrent: int) -> int:
+def _num_fitting(info: ClusterInfo, workers: int, resources_per_worker: Resources) -> int:
     """How many trials the cluster has room for when nobody else holds anything.
 
     Raises:
@@ -346,8 +369,8 @@ def _num_fitting(info: ClusterInfo, resources: dict[str, float], concurrent: int
 
     attach(info)
     seen = snapshot()
-    grant(seen, Range(1, concurrent), resources)
-    return int(min(ceiling(seen, resources), MAX_TRIALS))
+    grant(seen, Range(workers, workers), resources_per_worker)
+    return int(min(ceiling(seen, resources_per_worker), MAX_TRIALS * workers) // workers)
 
 
 def _take_lock(record: SweepRecord) -> None:
@@ -357,26 +380,34 @@ def _take_lock(record: SweepRecord) -> None:
         raise ClusterError(f"sweep {record.name!r} is already being run by another process ({err})") from err
 
 
-def _prepare(
-    record: SweepRecord, template: RunSpec, space: Space, num_trials: int, seed: int
-) -> tuple[TrialPlan, Trials]:
-    from shoal.tune.search import Search
+def _plan(
+    record: SweepRecord, template: RunSpec, workers: int, resources_per_worker: Resources, retries: int
+) -> TrialPlan:
     from shoal.tune.trial import TrialPlan
+
+    return TrialPlan(
+        sweep=record.name,
+        template=replace(template, name=record.name),
+        workers=workers,
+        resources_per_worker=resources_per_worker,
+        retries=retries,
+    )
+
+
+def _ledger(record: SweepRecord, plan: TrialPlan, space: Space, num_trials: int, seed: int) -> Trials:
+    from shoal.tune.search import Search
     from shoal.tune.trials import Trials
 
-    plan = TrialPlan(sweep=record.name, template=replace(template, name=record.name))
-    search = Search(space, template.recipe.objective, seed=seed)
-    return plan, Trials(record, plan, search, num_trials=num_trials)
+    search = Search(space, plan.template.recipe.objective, seed=seed)
+    return Trials(record, plan, search, num_trials=num_trials)
 
 
 def _runner(
     ledger: Trials,
     plan: TrialPlan,
     scheduler: SchedulerKind,
-    resources: dict[str, float],
     *,
     concurrent: int,
-    retries: int,
 ) -> Callable[[], None]:
     def run() -> None:
         from shoal.tune import ray_edge
@@ -392,9 +423,7 @@ def _runner(
                 eval_every=recipe.eval_every,
                 past=ledger.evaluations(),
             ),
-            resources=resources,
             concurrent=concurrent,
-            retries=retries,
             folder=plan.template.storage.sweep_dir(plan.sweep) / "ray",
         )
 

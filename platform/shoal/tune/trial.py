@@ -10,9 +10,11 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from shoal.capacity import Resources
+from shoal.recipe import Objective
 from shoal.recipe import replace as replace_fields
 from shoal.tracking import RunRecord
 from shoal.train.spec import RunSpec
@@ -29,6 +31,11 @@ class TrialPlan:
     sweep: str
     template: RunSpec
     """A trial's run but for its name and the fields that the sweep chooses."""
+    workers: int = 1
+    """Of each trial. One trains in the trial's own process; several are processes besides it."""
+    resources_per_worker: Resources = field(default_factory=lambda: {"CPU": 1.0})
+    retries: int = 0
+    """How often a trial whose process dies is started again; of one on several workers, how often these are."""
 
     def spec(self, number: int, fields: Mapping[str, Any]) -> RunSpec:
         """The run of one trial."""
@@ -44,6 +51,12 @@ class Report:
     value: float | None
     """The objective at this step; None when it was not measured."""
     has_ended: bool
+
+
+def last_report(record: RunRecord, objective: Objective) -> Report:
+    """What the trial of a run that is over says last."""
+    last = record.last_eval("val") or {}
+    return Report(step=record.step, value=last.get(objective.metric), has_ended=True)
 
 
 OnEval = Callable[[int, Mapping[str, float]], None]
@@ -106,7 +119,7 @@ class TrialRun:
             self._train(self._spec, self._on_eval)
             if self._is_stopping:
                 self._record.clear_stop()  # ours; the run may be gone on with by name
-            self._reports.put(self._last_report())
+            self._reports.put(last_report(self._record, self._objective))
         except Exception as err:  # `next` raises it
             self._reports.put(err)
 
@@ -115,7 +128,3 @@ class TrialRun:
             return  # the last evaluation is reported when the run has ended, tests and checkpoints included
         self._reports.put(Report(step=step, value=values.get(self._objective.metric), has_ended=False))
         self._go_on.acquire()
-
-    def _last_report(self) -> Report:
-        last = self._record.last_eval("val") or {}
-        return Report(step=self._record.step, value=last.get(self._objective.metric), has_ended=True)
