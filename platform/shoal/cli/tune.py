@@ -13,6 +13,7 @@ def add_to(app: typer.Typer) -> None:
     examples = (
         "shoal tune jobs.digits lr=log:1e-4..1e-1",
         "shoal tune jobs.digits lr=log:1e-4..1e-1 hidden=64,128 dropout=0.0..0.5 --trials 32 --concurrent 2",
+        "shoal tune jobs.digits lr=log:1e-4..1e-1 dropout=0.0..0.5 --scheduler pbt --trials 4",
     )
     command(app, panel=WORK, examples=examples)(tune)
 
@@ -26,6 +27,7 @@ def tune(
     name: opt.SweepName = None,
     seed: opt.Seed = 0,
     scheduler: opt.Scheduler = "asha",
+    perturb_every: opt.PerturbEvery = None,
 ) -> None:
     """Search a recipe's fields for the best validation objective, and wait with a live table of trials.
 
@@ -35,6 +37,12 @@ def tune(
     from shoal.cli.tuning import SweepOptions, tune_and_wait
 
     options = SweepOptions(
-        trials=trials, concurrent=concurrent, steps=steps, name=name, seed=seed, scheduler=scheduler
+        trials=trials,
+        concurrent=concurrent,
+        steps=steps,
+        name=name,
+        seed=seed,
+        scheduler=scheduler,
+        perturb_every=perturb_every,
     )
     tune_and_wait(load_recipe(module), space or [], options)

@@ -15,7 +15,7 @@ from typing import Any
 
 from shoal.recipe import replace as replace_fields
 from shoal.tracking import RunRecord
-from shoal.train.spec import RunSpec
+from shoal.train.spec import RunSpec, Source
 from shoal.tune.record import run_of
 
 STOP_TIMEOUT_S = 120.0
@@ -30,10 +30,14 @@ class TrialPlan:
     template: RunSpec
     """A trial's run but for its name and the fields that the sweep chooses."""
 
-    def spec(self, number: int, fields: Mapping[str, Any]) -> RunSpec:
-        """The run of one trial."""
+    def spec(self, number: int, fields: Mapping[str, Any], source: Source | None = None) -> RunSpec:
+        """The run of one trial; ``source``: the checkpoint of another that it goes on from.
+
+        Raises:
+            RecipeError: the recipe does not take these fields together.
+        """
         recipe = replace_fields(self.template.recipe, **fields)
-        return replace(self.template, recipe=recipe, name=run_of(self.sweep, number))
+        return replace(self.template, recipe=recipe, name=run_of(self.sweep, number), source=source)
 
 
 @dataclass(frozen=True, kw_only=True)
