@@ -255,5 +255,5 @@ def test_what_never_fits_is_refused_before_anything_is_written(cluster: ClusterI
         start_sweep(cluster, Line(), SPACE, trials=2, concurrent=2, name="huge", cpus_per_trial=1000)
     assert not SweepRecord(Storage(cluster.storage), "huge").dir.exists()
     with pytest.raises(RequestError) as caught:
-        start_sweep(cluster, Line(), SPACE, trials=0, concurrent=0, workers=2, scheduler="pbt")  # type: ignore[arg-type]
+        start_sweep(cluster, Line(), SPACE, trials=0, concurrent=0, workers=2, scheduler="median")  # type: ignore[arg-type]
     assert len(str(caught.value).splitlines()) == 5

@@ -118,7 +118,7 @@ def copy_committed(source: Path, directory: Path, *, disk: Disk = LOCAL_DISK) ->
     try:
         manifest = parse_manifest(_read_manifest(source), source)
     except OSError as error:
-        raise CorruptError(f"{source} cannot be copied: {error.strerror}") from error
+        raise _unreadable(source, error) from error
 
     def write(folder: Path) -> None:
         try:
@@ -150,12 +150,7 @@ def verify(directory: Path) -> Manifest:
         manifest = parse_manifest(_read_manifest(directory), directory)
         _compare(directory, manifest)
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.EIO, errno.ELOOP, errno.ENOTDIR):
-            name = error.filename or directory
-            raise CorruptError(
-                f"{directory} is damaged: {name}: {error.strerror}. It is not used."
-            ) from error
-        raise storage_error("read", directory, error) from error
+        raise _unreadable(directory, error) from error
     return manifest
 
 
@@ -352,6 +347,15 @@ def _measure(path: Path) -> FileEntry:
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb", buffering=0) as file:
         digest = hashlib.file_digest(file, "sha256")
         return FileEntry(file.tell(), digest.hexdigest())
+
+
+def _unreadable(directory: Path, error: OSError) -> CorruptError | StorageError:
+    """Damage where the files are to blame; a passing failure says nothing about their content."""
+    if error.errno in (errno.ENOENT, errno.EIO, errno.ELOOP, errno.ENOTDIR):
+        return CorruptError(
+            f"{directory} is damaged: {error.filename or directory}: {error.strerror}. It is not used."
+        )
+    return storage_error("read", directory, error)
 
 
 def _damaged(directory: Path, reason: str) -> CorruptError:
