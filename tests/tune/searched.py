@@ -87,8 +87,7 @@ class Member(Line):
         for batch in session.batches():
             session.backward(session.loss(batch))
             session.step()
-            if session.steps_done % self.eval_every == 0:
-                self._write_down(session, begins=False)
+            self._write_down(session, begins=False)
 
     def _wait_for_the_others(self) -> None:
         import time

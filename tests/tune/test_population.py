@@ -61,6 +61,11 @@ def test_fields_change_by_a_factor_or_are_drawn_anew() -> None:
     assert perturb({"lr": 1e-2}, SPACE, seed="x") == perturb({"lr": 1e-2}, SPACE, seed="x")
 
 
+def test_small_whole_numbers_move_too() -> None:
+    found = [perturb({"layers": 2}, {"layers": randint(1, 100)}, seed=str(n))["layers"] for n in range(200)]
+    assert 0.6 < sum(layers in (1, 3) for layers in found) / len(found) < 0.9  # 2 * 1.2 and 2 * 0.8 round to 2
+
+
 def test_the_interval_is_the_evaluation_nearest_to_a_fifth() -> None:
     assert [default_interval(500, 50), default_interval(400, 50), default_interval(40, 10)] == [100, 100, 10]
     assert default_interval(60, 40) == 40

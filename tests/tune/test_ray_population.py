@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import searched
+from drive import start_population
 from searched import Member
 
 import shoal
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
     from shoal.cluster import ClusterInfo
 
 SPACE = {"lr": loguniform(1e-4, 1e-1)}
+HERE = Path(__file__).resolve().parent
 
 
 # What an upgrade of Ray may move
@@ -136,16 +142,7 @@ def test_an_exploit_goes_on_from_the_winners_weights_with_fields_of_its_own(
     cluster: ClusterInfo, tmp_path: Path
 ) -> None:
     def start() -> Any:
-        return start_sweep(
-            cluster,
-            Member(flag_dir=str(tmp_path)),
-            SPACE,
-            trials=4,
-            concurrent=4,
-            name="population",
-            scheduler="pbt",
-            steps=200,
-        )
+        return start_population(cluster, str(tmp_path), name="population")
 
     sweep = start().wait(progress=False, timeout_s=200)
     trials = {trial.run: trial for trial in sweep.trials}
@@ -169,22 +166,44 @@ def test_an_exploit_goes_on_from_the_winners_weights_with_fields_of_its_own(
         }
         start_line = run.events(("start",))[0]
         assert (start_line["step"], start_line["source"]) == (trial.source.step, "adopted")
-        assert {event["values"]["lr"] for event in run.events(("metrics",))} <= {trial.fields["lr"]}
-        begun = [s for s in seen if s["lr"] == trial.fields["lr"] and s["begins"]]
+        assert {event["values"]["lr"] for event in run.events(("metrics",))} == {trial.fields["lr"]}
+        begun = next(s for s in seen if s["lr"] == trial.fields["lr"] and s["begins"])
         winner = trials[trial.source.run]
-        left = [
-            s
-            for s in seen
-            if s["lr"] == winner.fields["lr"] and s["step"] == trial.source.step and not s["begins"]
-        ]
-        assert begun[0]["step"] == trial.source.step
-        assert begun[0]["weights"] in {s["weights"] for s in left} | {
-            s["weights"] for s in seen if s["lr"] == winner.fields["lr"] and s["step"] == trial.source.step
-        }
+        had = [s for s in seen if (s["lr"], s["step"]) == (winner.fields["lr"], trial.source.step)]
+        assert begun["step"] == trial.source.step
+        assert begun["weights"] in [s["weights"] for s in had]
     assert sweep.best.value == min(trial.value for trial in trials.values() if trial.value is not None)
     again = start().wait(progress=False, timeout_s=60)
     assert again.trials == sweep.trials
     assert len(seen) == len((tmp_path / "seen.jsonl").read_text().splitlines())
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_killed_driver_repeats_no_finished_member_of_a_population(
+    cluster: ClusterInfo, tmp_path: Path
+) -> None:
+    record = SweepRecord(Storage(cluster.storage), "killed-population")
+    environment = {**os.environ, "PYTHONPATH": f"{HERE}:{HERE.parents[1] / 'platform'}"}
+    command = [sys.executable, str(HERE / "drive.py"), str(cluster.project), str(tmp_path), record.name]
+    with subprocess.Popen(command, env=environment) as driver:
+        try:
+            deadline = time.monotonic() + 90
+            while not any(trial.source and trial.state is TrialState.RUNNING for trial in record.trials()):
+                assert time.monotonic() < deadline, f"nobody was replaced: {record.trials()}"
+                time.sleep(0.02)
+        finally:
+            driver.kill()
+    before = {trial.number: trial for trial in record.trials() if trial.state.is_final}
+    sweep = start_population(cluster, str(tmp_path), name=record.name)
+    sweep.wait(progress=False, timeout_s=200)
+    trials = {trial.number: trial for trial in sweep.trials}
+    assert before  # whoever was replaced
+    assert before.items() <= trials.items()
+    assert all(RunRecord(Storage(cluster.storage), trial.run).attempt == 1 for trial in before.values())
+    assert all(trial.state.is_final for trial in trials.values())
+    assert sum(trial.source is None for trial in trials.values()) == 4
+    assert sum(trial.state is TrialState.FINISHED for trial in trials.values()) == 4
 
 
 @pytest.mark.cluster
