@@ -14,6 +14,7 @@ import shoal
 from shoal.errors import NotFoundError
 from shoal.storage import Storage, verify
 from shoal.tracking import RunRecord
+from shoal.train.adopt import adopt_checkpoint
 from shoal.train.spec import RunSpec
 from shoal.tune.population import check_population, default_interval, perturb
 from shoal.tune.record import SweepRecord, Trial, TrialState
@@ -63,7 +64,9 @@ def test_fields_change_by_a_factor_or_are_drawn_anew() -> None:
 
 def test_small_whole_numbers_move_too() -> None:
     found = [perturb({"layers": 2}, {"layers": randint(1, 100)}, seed=str(n))["layers"] for n in range(200)]
-    assert 0.6 < sum(layers in (1, 3) for layers in found) / len(found) < 0.9  # 2 * 1.2 and 2 * 0.8 round to 2
+    assert (
+        0.6 < sum(layers in (1, 3) for layers in found) / len(found) < 0.9
+    )  # 2 * 1.2 and 2 * 0.8 round to 2
 
 
 def test_the_interval_is_the_evaluation_nearest_to_a_fifth() -> None:
@@ -234,6 +237,19 @@ def test_a_driver_that_died_within_an_exploit_did_not_make_it(
     assert done is not None
     assert done.number == 3
     assert len(list((storage.run_dir("s-t003") / "checkpoints").iterdir())) == 1
+
+
+def test_a_first_trial_does_not_go_on_from_what_a_dead_driver_copied(storage: Storage) -> None:
+    trials = make_trials(storage)
+    runs = [half_way(storage, trials.next()), half_way(storage, trials.next())]
+    assert all(run.stop() for run in runs)
+    adopt_checkpoint(RunRecord(storage, "s-t002"), RunRecord(storage, "s-t003"))  # and died here
+    more = make_trials(storage, 3)
+    handed_out = [more.next() for _ in range(3)]  # the first two too, unless they had run to their end
+    third = next(trial for trial in handed_out if trial is not None and trial.run == "s-t003")
+    half_way(storage, third).stop()
+    start = RunRecord(storage, "s-t003").events(("start",))[0]
+    assert (start["step"], start["source"]) == (0, "fresh")
 
 
 def test_somebody_elses_run_is_not_touched(storage: Storage) -> None:

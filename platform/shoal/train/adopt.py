@@ -19,14 +19,13 @@ def adopt_checkpoint(source: RunRecord, target: RunRecord) -> Source:
     """Copy the newest checkpoint of ``source`` that verifies into the run ``target``; blocks until it is there.
 
     The copy is ``target``'s own: what becomes of ``source`` later does not matter to it. ``target`` must not
-    have begun; what an earlier call that died left in it is deleted.
+    have begun (`discard_leftovers`).
 
     Raises:
         NotFoundError: ``source`` has no checkpoint that verifies.
         StorageError: the disk is full or not writable.
     """
-    for leftover in target.checkpoints_dir.glob("step-*"):
-        discard(leftover)
+    discard_leftovers(target)
     for _ in range(_ATTEMPTS):
         for path in sorted(source.checkpoints_dir.glob("step-*"), reverse=True):
             try:
@@ -36,3 +35,16 @@ def adopt_checkpoint(source: RunRecord, target: RunRecord) -> Source:
                 continue
             return Source(run=source.name, step=int(manifest.meta["step"]), digest=manifest.digest)
     raise NotFoundError(f"run {source.name!r} has no checkpoint that verifies, so none can go on from it")
+
+
+def discard_leftovers(run: RunRecord) -> None:
+    """Delete what an `adopt_checkpoint` whose process died left in a run that never came to be.
+
+    Else another run that gets the name would go on from it. A run that has an identity is left alone.
+
+    Raises:
+        StorageError: it cannot be deleted.
+    """
+    if run.identity() is None:
+        for leftover in run.checkpoints_dir.glob("step-*"):
+            discard(leftover)

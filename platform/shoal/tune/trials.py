@@ -10,7 +10,7 @@ from typing import Any
 from shoal.errors import RecipeError, ShoalError
 from shoal.storage import create_json
 from shoal.tracking import RunRecord
-from shoal.train.adopt import adopt_checkpoint
+from shoal.train.adopt import adopt_checkpoint, discard_leftovers
 from shoal.tune.population import perturb
 from shoal.tune.record import MAX_TRIALS, SweepRecord, Trial, TrialState, run_of, seen_in_journal
 from shoal.tune.search import Search
@@ -103,6 +103,8 @@ class Trials:
             else:
                 return None
             run = self._run(trial)
+            if trial.source is None:
+                discard_leftovers(run)
             run.claim_identity(self._plan.spec(trial.number, trial.fields, trial.source).identity())
             run.clear_stop()
             create_json(run.dir / "trial.json", {"sweep": self._record.name, "trial": trial.number})
