@@ -68,3 +68,48 @@ class Line(shoal.Recipe):
         os.write(flag, f"{os.getpid()}\n".encode())
         os.close(flag)
         threading.Event().wait(60)
+
+
+class Member(Line):
+    """One of a population of four: begins when all are there, and writes down which weights it had when."""
+
+    depth: int = 1
+
+    def build_model(self) -> Any:
+        from torch import nn
+
+        return nn.Sequential(*[nn.Linear(1, 1) for _ in range(self.depth)])
+
+    def train(self, session: Any) -> None:
+        if session.steps_done == 0:
+            self._wait_for_the_others()
+        self._write_down(session, begins=True)
+        for batch in session.batches():
+            session.backward(session.loss(batch))
+            session.step()
+            self._write_down(session, begins=False)
+
+    def _wait_for_the_others(self) -> None:
+        import time
+
+        (Path(self.flag_dir) / f"here-{self.lr}").touch()
+        deadline = time.monotonic() + 60
+        while len(list(Path(self.flag_dir).glob("here-*"))) < 4:
+            assert time.monotonic() < deadline, "the others of the population did not come"
+            time.sleep(0.02)
+
+    def _write_down(self, session: Any, *, begins: bool) -> None:
+        import hashlib
+        import json
+
+        weights = hashlib.sha256()
+        for tensor in session.model.state_dict().values():
+            weights.update(tensor.numpy().tobytes())
+        line = {
+            "lr": self.lr,
+            "step": session.steps_done,
+            "weights": weights.hexdigest(),
+            "begins": begins,
+        }
+        with (Path(self.flag_dir) / "seen.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")

@@ -395,6 +395,8 @@ def test_what_never_fits_is_refused_before_anything_is_written(cluster: ClusterI
             concurrent=0,
             workers=0,
             cpus_per_worker=-1,
-            scheduler="pbt",  # type: ignore[arg-type]
+            scheduler="median",  # type: ignore[arg-type]
         )
     assert len(str(caught.value).splitlines()) == 6
+    with pytest.raises(RequestError, match="population have one worker each"):
+        start_sweep(cluster, Line(), SPACE, trials=4, concurrent=4, workers=2, scheduler="pbt")

@@ -92,6 +92,7 @@ def make_job_app(recipe: type[Recipe]) -> typer.Typer:
         name: opt.SweepName = None,
         seed: opt.Seed = 0,
         scheduler: opt.Scheduler = "asha",
+        perturb_every: opt.PerturbEvery = None,
     ) -> None:
         """Search the recipe's fields on the running cluster."""
         from shoal.cli.tuning import SweepOptions, tune_and_wait
@@ -104,6 +105,7 @@ def make_job_app(recipe: type[Recipe]) -> typer.Typer:
             name=name,
             seed=seed,
             scheduler=scheduler,
+            perturb_every=perturb_every,
         )
         tune_and_wait(recipe, space or [], options)
 

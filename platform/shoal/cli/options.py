@@ -71,6 +71,15 @@ SweepName = Annotated[
 Scheduler = Annotated[
     str,
     typer.Option(
-        metavar="asha|none", help="asha ends trials early that are worse than others at the same step."
+        metavar="asha|pbt|none",
+        help="asha ends trials early that are worse than others at the same step; pbt replaces the worst by "
+        "copies of the best with fields changed a little, of as many trials as run side by side.",
+    ),
+]
+PerturbEvery = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="With pbt: steps between comparisons of a trial. Default: about a fifth of its steps.",
     ),
 ]

@@ -94,7 +94,7 @@ def _show_run(record: RunRecord) -> None:
         "recipe": identity.get("recipe", ""),
         "fields": " ".join(f"{key}={value}" for key, value in identity.get("fields", {}).items()),
         "seed": identity.get("seed", ""),
-        "from": identity.get("init_from") or "",
+        "from": identity.get("init_from") or _source_text(identity.get("source")),
         "val": values_text(record.last_eval("val")),
         "test": values_text(record.last_eval("test")),
         "checkpoints": ", ".join(f"{event['step']:,}" for event in checkpoints),
@@ -104,6 +104,11 @@ def _show_run(record: RunRecord) -> None:
     say()
     for event in record.events()[-NUM_EVENTS:]:
         say(_event_text(event))
+
+
+def _source_text(source: dict[str, Any] | None) -> str:
+    """The other run's checkpoint that a run of a population went on from."""
+    return f"{source['run']} at step {source['step']:,}" if source else ""
 
 
 def _event_text(event: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ def add_to(app: typer.Typer) -> None:
         "shoal tune jobs.digits lr=log:1e-4..1e-1",
         "shoal tune jobs.digits lr=log:1e-4..1e-1 hidden=64,128 dropout=0.0..0.5 --trials 32 --concurrent 2",
         "shoal tune jobs.digits lr=log:1e-4..1e-1 --workers 2",
+        "shoal tune jobs.digits lr=log:1e-4..1e-1 dropout=0.0..0.5 --scheduler pbt --trials 4",
     )
     command(app, panel=WORK, examples=examples)(tune)
 
@@ -28,6 +29,7 @@ def tune(
     name: opt.SweepName = None,
     seed: opt.Seed = 0,
     scheduler: opt.Scheduler = "asha",
+    perturb_every: opt.PerturbEvery = None,
 ) -> None:
     """Search a recipe's fields for the best validation objective, and wait with a live table of trials.
 
@@ -44,5 +46,6 @@ def tune(
         name=name,
         seed=seed,
         scheduler=scheduler,
+        perturb_every=perturb_every,
     )
     tune_and_wait(load_recipe(module), space or [], options)

@@ -26,6 +26,7 @@ class SweepOptions:
     name: str | None = None
     seed: int = 0
     scheduler: str = "asha"
+    perturb_every: int | None = None
 
 
 def tune_and_wait(cls: type[Recipe], words: Sequence[str], options: SweepOptions) -> None:

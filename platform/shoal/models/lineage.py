@@ -34,10 +34,16 @@ class Lineage:
     """What was measured at that checkpoint."""
     created: float
     """When the version was made, in seconds since the epoch."""
+    source: Mapping[str, Any] | None = None
+    """``run``, ``step`` and ``digest`` of the other run's checkpoint that the run went on from; None for a run
+    of its own. That run may have gone on from another, as its identity says."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able; `from_dict` gives the same lineage back."""
-        return {**dataclasses.asdict(self), "fields": dict(self.fields), "metrics": dict(self.metrics)}
+        plain = {**dataclasses.asdict(self), "fields": dict(self.fields), "metrics": dict(self.metrics)}
+        if self.source is None:
+            del plain["source"]
+        return plain
 
     @classmethod
     def from_dict(cls, values: Any) -> Lineage:

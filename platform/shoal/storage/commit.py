@@ -11,9 +11,10 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import stat
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,11 @@ class Manifest:
         """Bytes in all files together, without the manifest."""
         return sum(entry.size_bytes for entry in self.files.values())
 
+    @property
+    def digest(self) -> str:
+        """Of everything the directory holds, in lower-case hex: equal contents, equal digests."""
+        return _digest(_body(self.files, self.meta))
+
 
 def commit(
     directory: Path,
@@ -100,6 +106,32 @@ def commit(
     return manifest
 
 
+def copy_committed(source: Path, directory: Path, *, disk: Disk = LOCAL_DISK) -> Manifest:
+    """Commit a copy of the committed directory ``source`` as ``directory``; blocks as `commit` does.
+
+    Every byte that was copied is compared with the manifest of ``source`` before the copy gets its name.
+
+    Raises:
+        CorruptError: ``source`` is damaged, or was discarded meanwhile; nothing is left at ``directory``.
+        StorageError: as `commit`.
+    """
+    try:
+        manifest = parse_manifest(_read_manifest(source), source)
+    except OSError as error:
+        raise _unreadable(source, error) from error
+
+    def write(folder: Path) -> None:
+        try:
+            for path in manifest.files:
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / path, folder / path, follow_symlinks=False)
+            _compare(folder, manifest)
+        except FileNotFoundError as error:
+            raise CorruptError(f"{source} was discarded while it was copied") from error
+
+    return commit(directory, write, meta=manifest.meta, disk=disk)
+
+
 def verify(directory: Path) -> Manifest:
     """The manifest of a committed directory, after comparing every byte of every file with it.
 
@@ -118,12 +150,7 @@ def verify(directory: Path) -> Manifest:
         manifest = parse_manifest(_read_manifest(directory), directory)
         _compare(directory, manifest)
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.EIO, errno.ELOOP, errno.ENOTDIR):
-            name = error.filename or directory
-            raise CorruptError(
-                f"{directory} is damaged: {name}: {error.strerror}. It is not used."
-            ) from error
-        raise storage_error("read", directory, error) from error
+        raise _unreadable(directory, error) from error
     return manifest
 
 
@@ -230,8 +257,20 @@ def _is_safe(path: str) -> bool:
 
 def _render(body: Mapping[str, Any]) -> bytes:
     """The one byte sequence for a manifest; its last field is the digest of the rest."""
-    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**body, "digest": digest}, indent=1, sort_keys=True).encode() + b"\n"
+    return json.dumps({**body, "digest": _digest(body)}, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _body(files: Mapping[str, FileEntry], meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest's digest covers."""
+    return {
+        "format": FORMAT,
+        "files": {path: asdict(entry) for path, entry in files.items()},
+        "meta": dict(meta),
+    }
 
 
 def _seal(temporary: Path, meta: Mapping[str, Any], disk: Disk) -> Manifest:
@@ -244,8 +283,8 @@ def _seal(temporary: Path, meta: Mapping[str, Any], disk: Disk) -> Manifest:
         # Hashed before the sync, while the pages are surely in memory.
         entry = _measure(temporary / path)
         disk.sync_file(temporary / path)
-        files[path] = {"size_bytes": entry.size_bytes, "sha256": entry.sha256}
-    content = _render({"format": FORMAT, "files": files, "meta": dict(meta)})
+        files[path] = entry
+    content = _render(_body(files, meta))
     if len(content) > MAX_MANIFEST_BYTES:
         raise StorageError(f"cannot commit {temporary}: its manifest would have {len(content)} bytes")
     disk.write_file(temporary / MANIFEST, content)
@@ -308,6 +347,15 @@ def _measure(path: Path) -> FileEntry:
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb", buffering=0) as file:
         digest = hashlib.file_digest(file, "sha256")
         return FileEntry(file.tell(), digest.hexdigest())
+
+
+def _unreadable(directory: Path, error: OSError) -> CorruptError | StorageError:
+    """Damage where the files are to blame; a passing failure says nothing about their content."""
+    if error.errno in (errno.ENOENT, errno.EIO, errno.ELOOP, errno.ENOTDIR):
+        return CorruptError(
+            f"{directory} is damaged: {error.filename or directory}: {error.strerror}. It is not used."
+        )
+    return storage_error("read", directory, error)
 
 
 def _damaged(directory: Path, reason: str) -> CorruptError:

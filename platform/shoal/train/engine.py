@@ -35,6 +35,7 @@ from shoal.train.checkpoints import (
 )
 from shoal.train.fingerprint import fingerprint
 from shoal.train.group import Group, PeerLost
+from shoal.train.inherit import under_new_fields
 from shoal.train.seeds import capture_random_state, derive_seed, restore_random_state, seed_everything
 from shoal.train.session import Session
 from shoal.train.spec import RunSpec
@@ -180,8 +181,18 @@ class _Keeper:
             path = find_checkpoint(self._record.checkpoints_dir, self._rejected)
         path, self._best = self._group.share((path, self._best_recorded()))
         if path is not None:
-            self._load(session, read_checkpoint(path))
-            return "checkpoint"
+            loaded = read_checkpoint(path)
+            # Its own checkpoints come later; until there is one, every attempt begins from the source's.
+            source = (
+                self._spec.source if self._spec.source and self._spec.source.step == loaded.step else None
+            )
+            self._load(session, loaded if source is None else under_new_fields(loaded, session, self._spec))
+            return "checkpoint" if source is None else "adopted"
+        if self._spec.source is not None:
+            raise RecipeError(
+                f"the copy of step {self._spec.source.step} of run {self._spec.source.run!r}, from which this run "
+                f"was to go on, is gone from {self._record.checkpoints_dir} or damaged; start another run"
+            )
         if self._spec.init_from is not None:
             _load_weights(session, self._spec.init_from)
             return "init_from"
@@ -205,8 +216,13 @@ class _Keeper:
         values: dict[str, float] = {}
         if is_last or session.steps_done % self._spec.recipe.eval_every == 0:
             values = self._evaluate(session)
-        if checkpoint or stop or is_last or self._is_new_best(values):
+        is_best = self._is_new_best(values)
+        if checkpoint or stop or is_last or is_best or (values and self._spec.checkpoint_at_eval):
             self._save(session, values)
+        if values and self._group.is_first and self._on_eval is not None:
+            if self._spec.checkpoint_at_eval and self._writer is not None:
+                self._writer.join()  # whoever is told may copy it
+            self._on_eval(session.steps_done, values)  # last: it may take its time, or raise
         return is_last or stop
 
     def finish(self, session: Session) -> None:
@@ -237,7 +253,12 @@ class _Keeper:
         except (RuntimeError, ValueError, KeyError) as err:
             raise RecipeError(
                 f"the checkpoint of step {loaded.step} does not fit the recipe as it is now: {err}. "
-                "The model's code changed; undo that, or start another run with a name of its own"
+                + (
+                    f"It is of run {self._spec.source.run!r}, whose fields are others: population-based training "
+                    "can search only fields that leave the model's shape alone; fix those that do not"
+                    if self._spec.source is not None
+                    else "The model's code changed; undo that, or start another run with a name of its own"
+                )
             ) from err
         session.steps_done = self._saved_step = loaded.step
         if len(loaded.random_states) == self._group.size:
@@ -260,8 +281,6 @@ class _Keeper:
             )
         if self._group.is_first:
             self._record.append("eval", step=session.steps_done, split="val", values=values)
-            if self._on_eval is not None:
-                self._on_eval(session.steps_done, values)
         return values
 
     def _is_new_best(self, values: dict[str, float]) -> bool:

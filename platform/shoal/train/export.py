@@ -53,6 +53,7 @@ def lineage_of(run: Run, checkpoint: Path) -> Lineage:
         checkpoint_step=state["step"],
         metrics=state["values"],
         created=time.time(),
+        source=identity.get("source"),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,16 @@ from shoal.storage import Storage
 
 if TYPE_CHECKING:
     from shoal.train.session import Precision  # loads torch, which a driver need not
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The checkpoint of another run from which a run goes on, with fields of its own."""
+
+    run: str
+    step: int
+    digest: str
+    """Of the checkpoint's manifest, which covers every byte of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +38,16 @@ class RunSpec:
     precision: Precision = "fp32"
     checkpoint_every_s: float = 30.0
     """Seconds between checkpoints; there is always one at the end, and one at every new best."""
+    checkpoint_at_eval: bool = False
+    """Whether every evaluation is reported only when a checkpoint of that very step is committed."""
     keep: int = 3
     """Newest checkpoints to keep; the best one is kept besides."""
     init_from: Path | None = None
     """Folder of a model version whose weights a fresh run starts from."""
     init_from_name: str | None = None
     """That version as the user knows it, such as ``digits@1``."""
+    source: Source | None = None
+    """The other run's checkpoint that this run goes on from; its folder must hold the copy already."""
     revision: str = ""
     """The project's code revision; recorded, and a change of it is warned of. Empty where it is not known."""
     threads: int | None = None
@@ -41,9 +55,10 @@ class RunSpec:
 
     def identity(self) -> dict[str, Any]:
         """What must not change when the run is resumed. The data's fingerprint is checked by the workers."""
-        return identity_of(
+        identity = identity_of(
             self.recipe, seed=self.seed, precision=self.precision, init_from=self.init_from_name
         )
+        return identity if self.source is None else {**identity, "source": asdict(self.source)}
 
 
 def identity_of(recipe: Recipe, *, seed: int, precision: Precision, init_from: str | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -36,7 +37,9 @@ from shoal.train.driver import WorkersDriver
 from shoal.train.output import captured_output, log_path
 from shoal.train.ray_edge import keep_raylet_quiet
 from shoal.train.spec import RunSpec
-from shoal.tune.trial import OnEval, TrialPlan, TrialRun, train_here
+from shoal.tune.ray_population import Population
+from shoal.tune.record import MAX_TRIALS
+from shoal.tune.trial import STOP_TIMEOUT_S, OnEval, TrialPlan, TrialRun, train_here
 from shoal.tune.trial_on_workers import TrialOnWorkers
 from shoal.tune.trials import Trials
 
@@ -60,7 +63,7 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
     def setup(self, config: dict[str, Any]) -> None:
         # Tune moves the process into a folder of its own; a recipe's relative paths mean where it was before.
         os.chdir(os.environ.get("TUNE_ORIG_WORKING_DIR", os.getcwd()))
-        spec = self.plan.spec(config["trial"], config["fields"])
+        spec = self.plan.spec(config["trial"], config["fields"], config["source"])
         self._run = (
             TrialRun(spec, train=_train_logged)
             if self.plan.workers == 1
@@ -77,7 +80,10 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         if not self._run.stop():
-            return False
+            # Raised, because where this returns False Tune forgets the new trial: it would wait forever.
+            raise ClusterError(
+                f"the trial before did not come to a step boundary within {STOP_TIMEOUT_S:g} s"
+            )
         self.setup(new_config)
         return True
 
@@ -106,15 +112,21 @@ def _start_workers(spec: RunSpec, plan: TrialPlan) -> WorkersDriver:
 class _Suggestions(Searcher):  # type: ignore[misc]
     """Tune's way to ask for the next trial."""
 
-    def __init__(self, trials: Trials) -> None:
+    def __init__(self, trials: Trials, *, may_come: Callable[[], bool]) -> None:
         super().__init__()
         self._trials = trials
+        self._may_come = may_come
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         trial = self._trials.next()
         if trial is None:
-            return str(Searcher.FINISHED)
-        return {"trial": trial.number, "fields": dict(trial.fields)}
+            return None if self._may_come() else str(Searcher.FINISHED)
+        return {
+            "trial": trial.number,
+            "fields": dict(trial.fields),
+            "source": trial.source,
+            "step": trial.step if trial.source is None else max(trial.step, trial.source.step),
+        }
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -209,13 +221,16 @@ def run_trials(
     bundles = [dict(plan.resources_per_worker)] * plan.workers
     if plan.workers > 1:
         bundles = [{}, *bundles]  # the trial's process itself hardly computes
+    population = scheduler if isinstance(scheduler, Population) else None
     try:
         tune.Tuner(
             tune.with_resources(actor, tune.PlacementGroupFactory(bundles)),
             tune_config=tune.TuneConfig(
-                search_alg=_Suggestions(trials),
+                search_alg=_Suggestions(
+                    trials, may_come=lambda: population is not None and population.has_live
+                ),
                 scheduler=scheduler,
-                num_samples=trials.num_left,
+                num_samples=trials.num_left if population is None else MAX_TRIALS,
                 max_concurrent_trials=concurrent,
                 reuse_actors=True,
                 trial_dirname_creator=lambda trial: str(trial.trial_id),
@@ -239,6 +254,11 @@ def run_trials(
         shutil.rmtree(folder, ignore_errors=True)
         # Actors took their processes with them. Not before the sweep: starting some takes CPU from its trials.
         add_warm_processes(concurrent)
+
+
+def make_population(trials: Trials, objective: Objective, *, interval: int) -> TrialScheduler:
+    """Population-based training: who is replaced, and by a copy of whom, every ``interval`` steps of a trial."""
+    return Population(trials, objective, metric=_METRIC, interval=interval)
 
 
 def make_scheduler(

@@ -16,6 +16,7 @@ from shoal.errors import IdentityError, NotFoundError
 from shoal.recipe import Objective
 from shoal.storage import FileLock, Storage, append_line, create_json, read_json, read_lines
 from shoal.tracking import RunRecord, RunState, check_run_name
+from shoal.train.spec import Source
 
 MAX_TRIALS = 999
 """A trial's number has three digits in its run's name."""
@@ -30,7 +31,7 @@ class TrialState(StrEnum):
     FINISHED = "finished"
     """It ran all its steps."""
     PRUNED = "pruned"
-    """The scheduler ended it early, because others were better at the same step."""
+    """The scheduler ended it early, because others were better."""
     FAILED = "failed"
     """Its recipe raised an error, or machines failed it more often than the sweep retries."""
     STOPPED = "stopped"
@@ -61,11 +62,16 @@ class Trial:
     """The last step it is known to have reached."""
     error: str = ""
     """Why it failed, else empty."""
+    source: Source | None = None
+    """Of population-based training: the other trial's checkpoint from which it went on; None for a first one."""
+    replaced_by: str = ""
+    """Of population-based training: the run that took its place, else empty."""
 
     def to_line(self) -> str:
         """As one line of ``trials.jsonl``; what was measured as NaN or infinite is left out."""
         plain = asdict(self) | {"trial": self.number, "values": _finite(self.values)}
-        del plain["number"]
+        for left_out in ("number", *(name for name in ("source", "replaced_by") if not plain[name])):
+            del plain[left_out]
         if self.value is not None and not math.isfinite(self.value):
             plain["value"] = None
         return json.dumps(plain, separators=(",", ":"), sort_keys=True)
@@ -76,7 +82,8 @@ class Trial:
         try:
             plain = json.loads(line)
             number = int(plain.pop("trial"))
-            return cls(number=number, state=TrialState(plain.pop("state")), **plain)
+            source = Source(**plain.pop("source")) if "source" in plain else None
+            return cls(number=number, state=TrialState(plain.pop("state")), source=source, **plain)
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
 

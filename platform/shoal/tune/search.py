@@ -33,7 +33,7 @@ class Search:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self._space = dict(space)
+        self.space = dict(space)
         self._seed = seed
         self._distributions = {name: _distribution(domain) for name, domain in space.items()}
         self._study = optuna.create_study(direction="maximize" if objective.mode == "max" else "minimize")
@@ -43,7 +43,7 @@ class Search:
     @property
     def is_exhausted(self) -> bool:
         """Whether every combination of a finite space was asked for."""
-        return len(self._tried) >= num_combinations(self._space)
+        return len(self._tried) >= num_combinations(self.space)
 
     def ask(self) -> Fields | None:
         """The fields of the next trial, never twice the same; None when the space is exhausted."""
@@ -51,7 +51,7 @@ class Search:
             return None
         for redraw in range(_MAX_REDRAWS):
             trial = self._draw(redraw)
-            fields = {name: _decode(self._space[name], value) for name, value in trial.params.items()}
+            fields = {name: _decode(self.space[name], value) for name, value in trial.params.items()}
             if _key(fields) not in self._tried:
                 return self._opened(trial, fields)
             self._study.tell(trial, state=_optuna_state("failed"))
@@ -59,7 +59,7 @@ class Search:
 
     def resume(self, fields: Mapping[str, Any]) -> Fields:
         """Ask for exactly these fields: a trial that an earlier driver left unfinished."""
-        self._study.enqueue_trial({name: _encode(self._space[name], fields[name]) for name in self._space})
+        self._study.enqueue_trial({name: _encode(self.space[name], fields[name]) for name in self.space})
         return self._opened(self._draw(0), dict(fields))
 
     def tell(
@@ -81,7 +81,7 @@ class Search:
             self._study.tell(trial, value if measured else None, state=_optuna_state(outcome))
             return
         self._tried.add(_key(fields))
-        params = {name: _encode(self._space[name], fields[name]) for name in self._space}
+        params = {name: _encode(self.space[name], fields[name]) for name in self.space}
         self._study.add_trial(
             optuna.trial.create_trial(
                 params=params,
@@ -108,7 +108,7 @@ class Search:
 
     def _first_untried(self) -> Fields:
         """Only called for a finite space that is nearly used up, or an astronomically unlucky draw."""
-        axes = [[(name, value) for value in _values(domain)] for name, domain in self._space.items()]
+        axes = [[(name, value) for value in _values(domain)] for name, domain in self.space.items()]
         return next(
             fields
             for combination in itertools.product(*axes)

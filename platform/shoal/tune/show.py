@@ -93,8 +93,9 @@ class Plain:
             self._shown[trial.number] = trial.state
             measured = f"  {value_text(trial, self._sweep.objective)}" if trial.value is not None else ""
             error = f"  {first_line(trial.error)}" if trial.error else ""
+            total = max(self._num_trials, len(self._sweep.trials))
             self.say(
-                f"trial {trial.number}/{self._num_trials} {trial.state}  {fields_text(trial)}"
+                f"trial {trial.number}/{total} {trial.state}  {fields_text(trial)}"
                 f"{measured}{f'  step {trial.step:,}' if trial.step else ''}{error}"
             )
 
@@ -107,7 +108,8 @@ def trials_table(
     from rich.text import Text
 
     done = sum(trial.state.is_final for trial in trials)
-    table = Table(title=f"{title}: {done} of {num_trials} trials done", title_justify="left")
+    total = max(num_trials, len(trials))  # a population grows by those that replace others
+    table = Table(title=f"{title}: {done} of {total} trials done", title_justify="left")
     table.width = None
     table.add_column("trial", justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
@@ -147,15 +149,24 @@ def best_number(trials: Sequence[Trial], objective: Objective) -> int | None:
 
 
 def sweep_frame(trials: Sequence[Trial], objective: Objective) -> pd.DataFrame:
-    """One row per trial."""
+    """One row per trial; ``source`` (``<run>@<step>``) only where trials went on from others."""
     import pandas as pd
 
+    is_population = any(trial.source for trial in trials)
     rows = []
     for trial in trials:
         values = {f"val_{name}": value for name, value in trial.values.items()}
         values.setdefault(f"val_{objective.metric}", trial.value if trial.value is not None else float("nan"))
+        source = f"{trial.source.run}@{trial.source.step}" if trial.source else ""
         rows.append(
-            {"run": trial.run, "state": str(trial.state), "step": trial.step, **trial.fields, **values}
+            {
+                "run": trial.run,
+                "state": str(trial.state),
+                "step": trial.step,
+                **({"source": source} if is_population else {}),
+                **trial.fields,
+                **values,
+            }
         )
     index = pd.Index([trial.number for trial in trials], name="trial", dtype="int64")
     return pd.DataFrame(rows, index=index)
@@ -180,8 +191,18 @@ def sweep_html(name: str, trials: Sequence[Trial], objective: Objective) -> str:
 
 
 def fields_text(trial: Trial) -> str:
-    """``lr=0.00123 hidden=64``."""
-    return " ".join(f"{name}={short(value)}" for name, value in trial.fields.items())
+    """``lr=0.00123 hidden=64``; with where it went on from, or what took its place, in a population."""
+    words = [f"{name}={short(value)}" for name, value in trial.fields.items()]
+    if trial.source is not None:
+        words.append(f"(from {_short_run(trial.source.run)} at step {trial.source.step:,})")
+    if trial.replaced_by:
+        words.append(f"(replaced by {_short_run(trial.replaced_by)})")
+    return " ".join(words)
+
+
+def _short_run(run: str) -> str:
+    """``t003`` of ``digits-sweep-414c2e45-t003``."""
+    return run.rpartition("-")[2]
 
 
 def value_text(trial: Trial, objective: Objective) -> str:

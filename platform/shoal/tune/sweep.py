@@ -20,7 +20,9 @@ from shoal.errors import (
 )
 from shoal.recipe import Objective, Recipe
 from shoal.storage import Storage
+from shoal.tune.population import check_population, default_interval
 from shoal.tune.record import MAX_TRIALS, SweepRecord, Trial, TrialState, sweep_name_of
+from shoal.tune.shapes import changes_shape
 from shoal.tune.show import reporter, sweep_frame, sweep_html
 from shoal.tune.space import Space, check_space, describe_space, num_combinations
 
@@ -36,8 +38,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SchedulerKind = Literal["asha", "none"]
-_SCHEDULERS: tuple[SchedulerKind, ...] = ("asha", "none")
+SchedulerKind = Literal["asha", "pbt", "none"]
+_SCHEDULERS: tuple[SchedulerKind, ...] = ("asha", "pbt", "none")
 _LOOK_S = 0.5
 
 
@@ -227,6 +229,7 @@ def start_sweep(
     name: str | None = None,
     seed: int = 0,
     scheduler: SchedulerKind = "asha",
+    perturb_every: int | None = None,
     steps: int | None = None,
     workers: int = 1,
     cpus_per_worker: float = 1.0,
@@ -238,13 +241,17 @@ def start_sweep(
     """Search ``space`` for the recipe's best fields, with ``trials`` runs; returns at once.
 
     The recipe's own fields are what the space does not name. Optuna's TPE chooses; with ``scheduler="asha"``
-    trials that are worse than others at the same step end early. At most ``concurrent`` run at a time, fewer
-    where fewer fit. The same call goes on with a sweep that was stopped or killed, and returns one that is
-    done; ``trials`` may grow.
+    trials that are worse than others at the same step end early; with ``"pbt"`` ``trials`` is a population that
+    trains side by side, in which a trial among the worst is replaced by a copy of one among the best with fields
+    changed a little, a new run that goes on from the other's checkpoint. At most ``concurrent`` run at a time,
+    fewer where fewer fit. The same call goes on with a sweep that was stopped or killed, and returns one that
+    is done; ``trials`` may grow.
 
     Args:
         name: default ``<recipe>-sweep-<8 hex>``, of everything that makes it this search.
         seed: of the search and of every trial's run.
+        perturb_every: with ``"pbt"``, steps between two comparisons of a trial, taken at the next evaluation;
+            None for the evaluation nearest to a fifth of the steps.
         steps: of each trial; None for the recipe's own.
         workers: of each trial; it starts when there is room for all of them, and holds that until it ends.
         cpus_per_worker, gpus_per_worker: what each of them holds; its torch threads are its whole CPUs.
@@ -266,22 +273,28 @@ def start_sweep(
         workers=workers,
         resources_per_worker=resources,
         scheduler=scheduler,
+        perturb_every=perturb_every,
     )
     space = check_space(recipe, space)
     storage = Storage(info.storage)
     storage.check()
     possible = int(min(trials, num_combinations(space)))
     template = _template(recipe, storage, steps, seed, precision, checkpoint_every_s, int(cpus_per_worker))
-    identity = _identity(template, space)
+    if scheduler == "pbt":
+        # What is copied from a trial must be there when it is measured, and stay while it is copied.
+        template = replace(template, checkpoint_at_eval=True, keep=2)
+    identity = _identity(template, space, scheduler)
     record = SweepRecord(storage, name or sweep_name_of(identity))
     fit = _num_fitting(info, workers, resources)
+    if scheduler == "pbt":
+        _check_population(template, space, possible, min(fit, concurrent), perturb_every)
     is_new = record.claim(identity)
     _take_lock(record)
     try:
         record.clear_stop()
         plan = _plan(record, template, workers, resources, retries)
         ledger = _ledger(record, plan, space, possible, seed)
-        run = _runner(ledger, plan, scheduler, concurrent=min(fit, concurrent))
+        run = _runner(ledger, plan, scheduler, concurrent=min(fit, concurrent), perturb_every=perturb_every)
         driver = _Driver(ledger, run if ledger.num_left else lambda: None, record.lock.release)
     except BaseException:
         record.lock.release()
@@ -297,6 +310,7 @@ def _check_numbers(
     workers: int,
     resources_per_worker: dict[str, float],
     scheduler: str,
+    perturb_every: int | None,
 ) -> None:
     problems = []
     if not 1 <= trials <= MAX_TRIALS:
@@ -313,6 +327,33 @@ def _check_numbers(
         problems.append(f"{asked}: a worker holds a CPU or a GPU, or part of one")
     if scheduler not in _SCHEDULERS:
         problems.append(f"scheduler={scheduler!r}: one of {', '.join(_SCHEDULERS)}")
+    if perturb_every is not None and scheduler != "pbt":
+        problems.append(f"perturb_every={perturb_every}: only scheduler='pbt' perturbs; leave it out")
+    if scheduler == "pbt" and workers > 1:
+        problems.append(
+            f"workers={workers}: the trials of a population have one worker each; leave workers out, or take "
+            "another scheduler"
+        )
+    _refuse(problems)
+
+
+def _check_population(
+    template: RunSpec, space: Space, trials: int, side_by_side: int, perturb_every: int | None
+) -> None:
+    problems = check_population(
+        trials=trials,
+        side_by_side=side_by_side,
+        steps=template.target_steps,
+        eval_every=template.recipe.eval_every,
+        perturb_every=perturb_every,
+    )
+    for name, domain in space.items():
+        if problem := changes_shape(template.recipe, name, domain):
+            problems.append(problem)
+    _refuse(problems)
+
+
+def _refuse(problems: list[str]) -> None:
     if problems:
         raise RequestError(
             "\n".join(["the sweep cannot be started as asked:", *(f"  {p}" for p in problems)])
@@ -343,8 +384,11 @@ def _template(
     )
 
 
-def _identity(template: RunSpec, space: Space) -> dict[str, Any]:
-    """What makes it this search: a run's identity, with the space in place of the searched fields' values."""
+def _identity(template: RunSpec, space: Space, scheduler: SchedulerKind) -> dict[str, Any]:
+    """What makes it this search: a run's identity, with the space in place of the searched fields' values.
+
+    Also that it is a population, whose later trials begin where others were; any other scheduler may take turns.
+    """
     identity = template.identity()
     fixed = {name: value for name, value in identity["fields"].items() if name not in space}
     objective = template.recipe.objective
@@ -354,6 +398,7 @@ def _identity(template: RunSpec, space: Space) -> dict[str, Any]:
         "space": describe_space(space),
         "steps": template.target_steps,
         "objective": {"metric": objective.metric, "mode": objective.mode},
+        **({"scheduler": scheduler} if scheduler == "pbt" else {}),
     }
 
 
@@ -408,21 +453,27 @@ def _runner(
     scheduler: SchedulerKind,
     *,
     concurrent: int,
+    perturb_every: int | None,
 ) -> Callable[[], None]:
     def run() -> None:
         from shoal.tune import ray_edge
 
-        recipe = plan.template.recipe
+        recipe, steps = plan.template.recipe, plan.template.target_steps
+        if scheduler == "pbt":
+            interval = perturb_every or default_interval(steps, recipe.eval_every)
+            decides = ray_edge.make_population(ledger, recipe.objective, interval=interval)
+        else:
+            decides = ray_edge.make_scheduler(
+                scheduler,
+                recipe.objective,
+                steps=steps,
+                eval_every=recipe.eval_every,
+                past=ledger.evaluations(),
+            )
         ray_edge.run_trials(
             ledger,
             plan,
-            scheduler=ray_edge.make_scheduler(
-                scheduler,
-                recipe.objective,
-                steps=plan.template.target_steps,
-                eval_every=recipe.eval_every,
-                past=ledger.evaluations(),
-            ),
+            scheduler=decides,
             concurrent=concurrent,
             folder=plan.template.storage.sweep_dir(plan.sweep) / "ray",
         )

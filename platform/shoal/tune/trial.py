@@ -17,7 +17,7 @@ from shoal.capacity import Resources
 from shoal.recipe import Objective
 from shoal.recipe import replace as replace_fields
 from shoal.tracking import RunRecord
-from shoal.train.spec import RunSpec
+from shoal.train.spec import RunSpec, Source
 from shoal.tune.record import run_of
 
 STOP_TIMEOUT_S = 120.0
@@ -37,10 +37,14 @@ class TrialPlan:
     retries: int = 0
     """How often a trial whose process dies is started again; of one on several workers, how often these are."""
 
-    def spec(self, number: int, fields: Mapping[str, Any]) -> RunSpec:
-        """The run of one trial."""
+    def spec(self, number: int, fields: Mapping[str, Any], source: Source | None = None) -> RunSpec:
+        """The run of one trial; ``source``: the checkpoint of another that it goes on from.
+
+        Raises:
+            RecipeError: the recipe does not take these fields together.
+        """
         recipe = replace_fields(self.template.recipe, **fields)
-        return replace(self.template, recipe=recipe, name=run_of(self.sweep, number))
+        return replace(self.template, recipe=recipe, name=run_of(self.sweep, number), source=source)
 
 
 @dataclass(frozen=True, kw_only=True)

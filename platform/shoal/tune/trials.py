@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
-from shoal.errors import ShoalError
+from shoal.errors import RecipeError, ShoalError
 from shoal.storage import create_json
 from shoal.tracking import RunRecord
-from shoal.tune.record import SweepRecord, Trial, TrialState, run_of, seen_in_journal
+from shoal.train.adopt import adopt_checkpoint, discard_leftovers
+from shoal.tune.population import perturb
+from shoal.tune.record import MAX_TRIALS, SweepRecord, Trial, TrialState, run_of, seen_in_journal
 from shoal.tune.search import Search
 from shoal.tune.trial import TrialPlan
 
 HOPELESS_AFTER = 3
 """So many trials that failed with none that did better end a sweep: the next would fail too."""
+_MAX_REDRAWS = 10
+"""How often changed fields that do not go together are drawn anew."""
 
 
 class Trials:
@@ -34,7 +39,10 @@ class Trials:
         self._objective = plan.template.recipe.objective
         self._by_number = {trial.number: trial for trial in record.trials()}
         self._unfinished: list[int] = []
+        runs = {trial.run for trial in self._by_number.values()}
         for trial in list(self._by_number.values()):
+            if trial.replaced_by and trial.replaced_by not in runs:  # the driver died in between
+                trial = replace(trial, replaced_by="", state=TrialState.STOPPED)
             if not trial.state.is_final:
                 trial = self._look(trial)
                 trial = trial if trial.state.is_final else replace(trial, state=TrialState.STOPPED)
@@ -46,13 +54,18 @@ class Trials:
 
     @property
     def num_trials(self) -> int:
-        """How many trials the sweep is to have, those of earlier drivers included."""
-        return max(self._num_trials, len(self._by_number))
+        """How many trials the sweep is to have, those of earlier drivers and those that replaced others included."""
+        return max(self._num_trials, self._num_first) + len(self._by_number) - self._num_first
 
     @property
     def num_left(self) -> int:
-        """How many trials are still to be handed out, at most."""
-        return len(self._unfinished) + max(0, self._num_trials - len(self._by_number))
+        """How many trials are still to be handed out, at most; those that replace others come on top."""
+        return len(self._unfinished) + max(0, self._num_trials - self._num_first)
+
+    @property
+    def _num_first(self) -> int:
+        """How many trials the sampler suggested: all but those that replaced others."""
+        return sum(trial.source is None for trial in self._by_number.values())
 
     def snapshot(self) -> list[Trial]:
         """Every trial as it stands, by number."""
@@ -76,9 +89,10 @@ class Trials:
                 return None
             if self._unfinished:
                 trial = self._by_number[self._unfinished.pop(0)]
-                self._search.resume(trial.fields)
+                if trial.source is None:
+                    self._search.resume(trial.fields)
                 trial = replace(trial, state=TrialState.WAITING)
-            elif len(self._by_number) < self._num_trials and (fields := self._search.ask()) is not None:
+            elif self._num_first < self._num_trials and (fields := self._search.ask()) is not None:
                 number = max(self._by_number, default=0) + 1
                 trial = Trial(
                     number=number,
@@ -89,11 +103,47 @@ class Trials:
             else:
                 return None
             run = self._run(trial)
-            run.claim_identity(self._plan.spec(trial.number, trial.fields).identity())
+            if trial.source is None:
+                discard_leftovers(run)
+            run.claim_identity(self._plan.spec(trial.number, trial.fields, trial.source).identity())
             run.clear_stop()
             create_json(run.dir / "trial.json", {"sweep": self._record.name, "trial": trial.number})
             self._put(trial)
             return trial
+
+    def exploit(self, loser: int, winner: int) -> Trial | None:
+        """Replace a trial by one that goes on from another's newest checkpoint with fields near its own.
+
+        The new trial is the next to be handed out; the loser is booked as pruned, and its caller must end it.
+        None, and nothing changes, when the sweep is stopping or has no number left. Blocks while the
+        checkpoint is copied. For one thread, the one that calls `next`.
+
+        Raises:
+            StorageError: the copy cannot be written.
+            NotFoundError: the winner has no checkpoint that verifies.
+        """
+        number = max(self._by_number) + 1
+        while number <= MAX_TRIALS and self._run_of(number).identity() is not None:
+            number += 1  # somebody's own run has this trial's name: adopting would delete its checkpoints
+        if self.is_stopping or number > MAX_TRIALS:
+            return None
+        run = self._run_of(number)
+        source = adopt_checkpoint(self._run(self._by_number[winner]), run)
+        trial = Trial(
+            number=number,
+            run=run.name,
+            fields=self._near(self._by_number[winner].fields, number),
+            state=TrialState.WAITING,
+            step=source.step,
+            source=source,
+        )
+        with self._changed:
+            # In this order: a loser whose successor was never booked is gone on with by the next driver.
+            was = self._look(self._by_number[loser])
+            self._put(replace(was, state=TrialState.PRUNED, replaced_by=run.name))
+            self._put(trial)
+            self._unfinished.append(number)
+        return trial
 
     def started(self, number: int) -> None:
         """The trial has a process."""
@@ -167,12 +217,26 @@ class Trials:
             if event["split"] == "val" and metric in event["values"]
         ]
 
+    def _near(self, fields: Mapping[str, Any], number: int) -> Mapping[str, Any]:
+        for redraw in range(_MAX_REDRAWS):
+            seed = f"{self._plan.template.seed}/{number}/{redraw}"
+            near = perturb(fields, self._search.space, seed=seed)
+            try:
+                self._plan.spec(number, near)
+            except RecipeError:  # fields that do not go together
+                continue
+            return near
+        return fields
+
     def _is_hopeless(self) -> bool:
         done = [trial for trial in self._by_number.values() if trial.state.is_final]
         return len(done) >= HOPELESS_AFTER and all(trial.state is TrialState.FAILED for trial in done)
 
     def _run(self, trial: Trial) -> RunRecord:
         return RunRecord(self._record.storage, trial.run)
+
+    def _run_of(self, number: int) -> RunRecord:
+        return RunRecord(self._record.storage, run_of(self._record.name, number))
 
     def _look(self, trial: Trial) -> Trial:
         try:
@@ -181,6 +245,8 @@ class Trials:
             return replace(trial, state=TrialState.FAILED, error=str(err))
 
     def _tell(self, trial: Trial) -> None:
+        if trial.source is not None:
+            return  # how well it did is not due to its fields alone, and the sampler did not suggest them
         outcome = {TrialState.FINISHED: "finished", TrialState.PRUNED: "pruned"}.get(trial.state, "failed")
         self._search.tell(trial.fields, outcome, trial.value, step=trial.step)  # type: ignore[arg-type]
 

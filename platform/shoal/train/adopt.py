@@ -1,0 +1,50 @@
+"""Give a run the newest checkpoint of another to go on from. Loads no torch: a sweep's driver does it."""
+
+from __future__ import annotations
+
+import logging
+
+from shoal.errors import CorruptError, NotFoundError
+from shoal.storage import copy_committed, discard
+from shoal.tracking import RunRecord
+from shoal.train.spec import Source
+
+logger = logging.getLogger(__name__)
+
+_ATTEMPTS = 3
+"""A run that trains on deletes its old checkpoints, perhaps what is being copied; then there are newer ones."""
+
+
+def adopt_checkpoint(source: RunRecord, target: RunRecord) -> Source:
+    """Copy the newest checkpoint of ``source`` that verifies into the run ``target``; blocks until it is there.
+
+    The copy is ``target``'s own: what becomes of ``source`` later does not matter to it. ``target`` must not
+    have begun (`discard_leftovers`).
+
+    Raises:
+        NotFoundError: ``source`` has no checkpoint that verifies.
+        StorageError: the disk is full or not writable.
+    """
+    discard_leftovers(target)
+    for _ in range(_ATTEMPTS):
+        for path in sorted(source.checkpoints_dir.glob("step-*"), reverse=True):
+            try:
+                manifest = copy_committed(path, target.checkpoints_dir / path.name)
+            except CorruptError as err:
+                logger.info("not adopted: %s", err)
+                continue
+            return Source(run=source.name, step=int(manifest.meta["step"]), digest=manifest.digest)
+    raise NotFoundError(f"run {source.name!r} has no checkpoint that verifies, so none can go on from it")
+
+
+def discard_leftovers(run: RunRecord) -> None:
+    """Delete what an `adopt_checkpoint` whose process died left in a run that never came to be.
+
+    Else another run that gets the name would go on from it. A run that has an identity is left alone.
+
+    Raises:
+        StorageError: it cannot be deleted.
+    """
+    if run.identity() is None:
+        for leftover in run.checkpoints_dir.glob("step-*"):
+            discard(leftover)
