@@ -45,7 +45,7 @@ def serve(
             "app": served.name,
             "model": served.model,
             "url": served.url,
-            "try": f"curl -F file=@picture.png {served.url}/predict",
+            "try": served.curl(),
             "docs": f"{served.url}/docs",
         }
     )
