@@ -151,6 +151,8 @@ def test_a_killed_replica_fails_what_was_in_flight_and_nothing_else(slow: App, c
         f"replicas {len(before)}, failed {len(load.failed)} of {len(load.answered)}, the last after {last_s:.1f} s; "
         f"full strength after {back_s:.1f} s; longest silence {gap_s:.2f} s; {load.failed[:4]}"
     )
-    assert 0 < len(load.failed) <= NUM_CALLERS, "each caller had at most one request in flight"
-    assert last_s < 10
-    assert gap_s < 10, "the others go on answering"
+    assert 0 < len(load.failed) < NUM_CALLERS, (
+        "each caller had one request in flight, only some of them there"
+    )
+    assert last_s < 4
+    assert gap_s < 4, "the others go on answering (with none left it was 6 s)"
