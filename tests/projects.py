@@ -24,7 +24,7 @@ def write_project(folder: Path, *, name: str = "test", cpu: int = 4, extra: str 
     """Make ``folder`` a project on this machine; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cluster.yaml").write_text(
-        f"version: 1\nname: {name}\nserve: {{port: 0}}\ntargets: {{local: {{cpu: {cpu}}}}}\n{extra}"
+        f"version: 1\nname: {name}\nserve: {{port: 0, replicas: 1..3}}\ntargets: {{local: {{cpu: {cpu}}}}}\n{extra}"
     )
     for part in ("jobs", "serve_apps"):
         if not (folder / part).exists():

@@ -69,7 +69,7 @@ def connect(project: Path | str | None = None) -> Cluster:
             running cluster was started with.
         ClusterError: the cluster does not start or answer.
     """
-    info = clusters.ClusterInfo.from_env()
+    info = clusters.this_cluster()
     if info is None or project is not None:
         config = load(Path(project) if project is not None else None)
         folder = _project_folder(project)

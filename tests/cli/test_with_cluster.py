@@ -10,10 +10,13 @@ import pytest
 from command_line import Shoal
 
 from shoal.cluster import ClusterInfo
+from shoal.errors import ClusterError, RequestError
 from shoal.storage import Storage
 from shoal.tracking import RunRecord, RunState
 
 pytestmark = pytest.mark.cluster
+
+PIXELS = {"pixels": [[0, 0, 0, 8, 14, 0, 0, 0]] * 8}
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +78,35 @@ def test_register_and_models_and_alias(shoal: Shoal, run_name: str) -> None:
     assert shoal("alias", "cli-digits", "next", "1").code == 0
     assert shoal("alias", "cli-digits", "next", "2").code == 2
     assert shoal("register", "cli-digits", "nobody").code == 2
+
+
+def test_deleting_an_app_leaves_the_others_answering(cluster: ClusterInfo, shoal: Shoal) -> None:
+    from shoal.serve import apps
+
+    assert re.search(r"^no apps yet", shoal("apps").out, re.M)
+    for name in ("cli-stays", "cli-goes"):
+        outcome = shoal("serve", "serve_apps.digits:app", "--model=cli-digits@champion", f"--name={name}")
+        assert outcome.code == 0, outcome.err
+        url = re.search(r"^url +(\S+)$", outcome.out, re.M)
+        assert url is not None
+        assert re.search(rf"^try +curl -F file=@picture.png {url[1]}/predict$", outcome.out, re.M)
+    goes, stays = apps(cluster)
+    assert re.search(r"^cli-goes +RUNNING +cli-digits@1 ", shoal("apps").out, re.M)
+    assert goes.predict(PIXELS)["version"] == 1
+
+    deleted = shoal("delete", "cli-goes")
+    assert deleted.code == 0, deleted.err
+    assert deleted.out.endswith("\napp cli-goes is deleted\n")
+    assert stays.predict(PIXELS)["version"] == 1
+    with pytest.raises(RequestError, match="404"):
+        goes.predict(PIXELS)
+    assert [app.name for app in apps(cluster)] == ["cli-stays"]
+    again = shoal("delete", "cli-goes")
+    assert (again.code, again.err) == (2, "error: there is no app 'cli-goes'; running: cli-stays\n")
+
+    assert shoal("delete", "cli-stays").code == 0
+    with pytest.raises((RequestError, ClusterError)):
+        stays.predict(PIXELS)
 
 
 def test_a_failing_recipe_shows_its_own_traceback(cluster: ClusterInfo, shoal: Shoal) -> None:

@@ -16,9 +16,11 @@ import pytest
 from command_line import Shoal
 from rich.text import Text
 
+from shoal.cli.training import show_result
 from shoal.errors import ClusterError, TrackingError
 from shoal.storage import Storage
 from shoal.tracking import RunRecord
+from shoal.train.run import Run
 
 NO_CLUSTER = "error: no cluster of this project runs; start it: shoal up\n"
 
@@ -209,6 +211,25 @@ def test_logs_show_what_a_rank_printed(project: Path, shoal: Shoal) -> None:
     outcome = shoal("logs", "digits-1", "--rank", "3")
     assert outcome.code == 2
     assert "there are: 0" in outcome.err
+
+
+def test_logs_of_a_rank_that_printed_nothing_say_so_beside_the_output(project: Path, shoal: Shoal) -> None:
+    (write_run(project).logs_dir / "rank-1.log").touch()
+    outcome = shoal("logs", "digits-1", "--rank", "1", "-f")
+    assert (outcome.code, outcome.out) == (0, "")
+    assert outcome.err == "run digits-1 has printed nothing on rank 1 so far\n"
+
+
+def test_what_is_left_of_a_stopped_run_says_where_the_same_command_goes_on(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = write_run(project, ended=False)
+    show_result(Run(record))
+    assert "nothing was committed yet; the same command starts it" in capsys.readouterr().out
+    record.append("checkpoint", step=1200, path="checkpoints/x", size_bytes=1, seconds=0.1, values={})
+    record.append("end", step=1200, state="stopped", error="", traceback="")
+    show_result(Run(record))
+    assert "the same command goes on from step 1,200, which is committed" in capsys.readouterr().out
 
 
 def test_following_a_run_ends_with_the_run(project: Path, shoal: Shoal) -> None:

@@ -53,6 +53,8 @@ def test_serve_reads_the_controllers_callback() -> None:
         (ray_edge.CONNECT_TIMEOUT_VARIABLE, "_private/node.py"),
         ("RAY_API_SERVER_ADDRESS", "_private/ray_constants.py"),
         ("RAY_DASHBOARD_ADDRESS", "serve/scripts.py"),
+        ("RAY_JOB_CONFIG_JSON_ENV_VAR", "_private/runtime_env/constants.py"),
+        (ray_edge.ADDRESS, "_private/ray_constants.py"),
     ],
 )
 def test_ray_reads_the_other_settings(name: str, path: str) -> None:

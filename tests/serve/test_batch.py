@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 
@@ -30,13 +31,16 @@ class Doubler:
 def test_everyone_gets_their_own_answer_in_full_batches(executor: Executor | None, wait_s: float) -> None:
     double = Doubler()
 
+    num_by_size: Counter[int] = Counter()
+
     async def main() -> list[int]:
-        batcher = Batcher(double, max_size=4, max_wait_s=wait_s, executor=executor)
+        batcher = Batcher(double, max_size=4, max_wait_s=wait_s, executor=executor, num_by_size=num_by_size)
         return list(await asyncio.gather(*(batcher.submit(n) for n in range(10))))
 
     assert asyncio.run(main()) == [2 * n for n in range(10)]
     assert [len(batch) for batch in double.batches] == [4, 4, 2]
     assert [item for batch in double.batches for item in batch] == list(range(10)), "in order of arrival"
+    assert num_by_size == {4: 2, 2: 1}
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -149,6 +150,41 @@ def test_served_app_answers_pictures_and_pixels(served: Any, cluster: Any, tmp_p
 
 
 @pytest.mark.cluster
+def test_prometheus_reads_what_a_replica_counted(served: Any, cluster: Any) -> None:
+    from shoal.serve import deploy
+
+    app, first, _ = served
+    deploy(cluster, "serve_apps.digits:app", model=str(first), name="served")
+    for _ in range(3):
+        app.predict(PIXELS)
+    with pytest.raises(RequestError):
+        app.predict([[1]])
+    url = f"http://127.0.0.1:{cluster.ports['metrics_export']}/metrics"
+    ours, model = {"application": "served"}, {"application": "served", "model": str(first)}
+    wanted: list[tuple[str, dict[str, str], float]] = [
+        ("ray_shoal_answers_total", {**model, "status": "200"}, 3),
+        ("ray_shoal_answers_total", {**model, "status": "422"}, 1),
+        ("ray_shoal_batches_total", {**ours, "le": "1"}, 3),
+        ("ray_shoal_batches_total", {**ours, "le": "+Inf"}, 3),
+        ("ray_shoal_batched_requests_total", ours, 3),
+        ("ray_shoal_model_loaded", model, 1),
+        # Ray's own, on which docs/serving.md relies.
+        ("ray_serve_num_http_requests_total", {**ours, "method": "POST", "status_code": "422"}, 1),
+        ("ray_serve_http_request_latency_ms_bucket", {**ours, "status_code": "200", "le": "+Inf"}, 3),
+        ("ray_serve_replica_processing_queries", ours, 0),
+    ]
+    deadline = time.monotonic() + 60  # a replica exports every 5 s, Ray every 10 s
+    while True:
+        with urllib.request.urlopen(url, timeout=10) as response:
+            page = response.read().decode()
+        missing = [each for each in wanted if _sum_of(page, each[0], each[1]) < each[2]]
+        if not missing:
+            break
+        assert time.monotonic() < deadline, missing
+        threading.Event().wait(0.2)
+
+
+@pytest.mark.cluster
 def test_a_new_version_comes_in_place_without_losing_a_request(served: Any, cluster: Any) -> None:
     from shoal.serve import deploy
 
@@ -277,6 +313,16 @@ def test_only_the_newest_logs_of_replicas_are_kept_and_those_of_live_ones(tmp_pa
         os.utime(tmp_path / name, (1000 - age, 1000 - age))
     prune(tmp_path, live={"d"}, keep=2)
     assert {path.name for path in tmp_path.iterdir()} == {names[0], names[1], names[3], "other.log"}
+
+
+def _sum_of(page: str, name: str, labels: dict[str, str]) -> float:
+    """The sum of a metric over the series with these labels on a Prometheus page; -1 where there is none."""
+    values = [
+        float(line.rpartition(" ")[2])
+        for line in page.splitlines()
+        if line.startswith(f"{name}{{") and all(f'{key}="{value}"' in line for key, value in labels.items())
+    ]
+    return sum(values) if values else -1.0
 
 
 def _replica_pids(cluster: Any, name: str) -> set[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from serve_apps.digits import Digits
 from shoal.errors import ClusterError, CorruptError, RequestError
 from shoal.models import Lineage, write_package
 from shoal.serve.core.gate import Limits
+from shoal.serve.handle import curl_command
 
 PIXELS = {"pixels": [[0, 0, 0, 8, 14, 0, 0, 0]] * 8}
 
@@ -155,6 +157,24 @@ def test_documentation_page(endpoint: Digits) -> None:
         "responses"
     ].keys()
     assert {"/healthz", "/model"} <= spec["paths"].keys()
+
+
+def test_the_page_and_the_hint_name_only_what_the_app_reads() -> None:
+    from shoal.cli.template.serve_apps.my_task import MyTask
+
+    spec = get(MyTask().asgi(), "/openapi.json").json
+    content = spec["paths"]["/predict"]["post"]["requestBody"]["content"]
+    assert content.keys() == {"application/json"}
+    words = shlex.split(curl_command("http://app/predict", content, has_keys=True))
+    assert words[:5] == ["curl", "-H", "X-API-Key: KEY", "-H", "Content-Type: application/json"]
+    assert MyTask().from_json(json.loads(words[words.index("-d") + 1])).shape == (2,)
+
+
+def test_the_hint_for_an_app_that_reads_pictures_sends_one(endpoint: Digits) -> None:
+    spec = get(endpoint.asgi(), "/openapi.json").json
+    content = spec["paths"]["/predict"]["post"]["requestBody"]["content"]
+    hint = curl_command("http://app/predict", content, has_keys=False)
+    assert hint == "curl -F file=@picture.png http://app/predict"
 
 
 def test_the_documented_example_is_accepted(endpoint: Digits) -> None:

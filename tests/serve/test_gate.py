@@ -115,7 +115,7 @@ def test_more_than_the_queue_gets_503_and_the_rest_an_answer() -> None:
     assert (refused.status, refused.code, refused.headers["retry-after"]) == (503, "too_many_requests", "1")
     assert [got.status for got in answered] == [200, 200]
     assert app.num_inside == 0
-    assert app.meter.num_by_status == {200: 3, 503: 1}
+    assert app.meter.num_answers == {(200, b"digits@8"): 3, (503, b"digits@8"): 1}
 
 
 def test_places_are_given_back_after_errors_and_cancellation() -> None:
@@ -152,6 +152,7 @@ def test_caller_that_leaves_gets_no_answer_and_holds_no_place() -> None:
     asyncio.run(app(scope, receive, send))
     assert not sent
     assert app.num_inside == 0
+    assert app.meter.num_answers == {(0, b""): 1}
 
 
 def test_websocket_is_closed() -> None:

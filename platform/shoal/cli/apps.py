@@ -45,7 +45,7 @@ def serve(
             "app": served.name,
             "model": served.model,
             "url": served.url,
-            "try": f"curl -F file=@picture.png {served.url}/predict",
+            "try": served.curl(),
             "docs": f"{served.url}/docs",
         }
     )
@@ -74,5 +74,7 @@ def delete(app: Annotated[str, typer.Argument(metavar="APP", help="Name of the a
     from shoal.cli.place import require_running
     from shoal.serve import delete as take_off
 
-    take_off(require_running(), app)
+    info = require_running()
+    say(f"deleting app {app} (some 6 s: requests in flight are finished first)")
+    take_off(info, app)
     say(f"app {app} is deleted")

@@ -64,6 +64,9 @@ def _show_run(place: Storage, name: str, rank: int, follow: bool) -> None:
         )
     tail = Tail(lambda: [path], sys.stdout.buffer)
     tail.copy()
+    if not path.exists() or not path.stat().st_size:
+        waits = "; waiting for it (Ctrl-C leaves it running)" if follow and run.is_active() else ""
+        print(f"run {name} has printed nothing on rank {rank} so far{waits}", file=sys.stderr, flush=True)
     while follow and run.is_active():
         time.sleep(POLL_S)
         tail.copy()

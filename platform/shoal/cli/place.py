@@ -38,9 +38,9 @@ def running() -> ClusterInfo | None:
         ConfigError: there is no ``cluster.yaml``, and the environment names no cluster.
         ClusterError: the environment names a cluster that is gone.
     """
-    from shoal.cluster import ClusterInfo, find
+    from shoal.cluster import find, this_cluster
 
-    info = ClusterInfo.from_env()
+    info = this_cluster()
     if info is None:
         return find(project_here())
     return info if info.is_alive() else None
@@ -101,10 +101,10 @@ def load_recipe(ref: str) -> type[Recipe]:
     Raises:
         NotFoundError, RecipeError: as `shoal.recipe.load_recipe`.
     """
-    from shoal.cluster import ClusterInfo
+    from shoal.cluster import this_cluster
     from shoal.recipe import load_recipe
 
-    info = ClusterInfo.from_env()
+    info = this_cluster()
     folder = str(info.project if info is not None else project_here())
     if folder not in sys.path:
         sys.path.insert(0, folder)

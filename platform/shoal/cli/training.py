@@ -131,7 +131,10 @@ def _checkpoint_text(run: Run) -> str:
 
 def _next_text(run: Run) -> str:
     if str(run.state) != "finished":
-        return "the same command goes on from the last checkpoint"
+        commits = run.record.events(("checkpoint",))
+        if not commits:
+            return "nothing was committed yet; the same command starts it"
+        return f"the same command goes on from step {commits[-1]['step']:,}, which is committed"
     identity = run.record.identity() or {}
     model = str(identity.get("recipe", "")).rpartition(":")[2].lower() or "NAME"
     return f"shoal register {model} {run.name} --alias champion"

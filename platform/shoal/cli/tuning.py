@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -50,27 +51,20 @@ def tune_and_wait(cls: type[Recipe], words: Sequence[str], options: SweepOptions
         try:
             sweep.wait()
         except KeyboardInterrupt:
-            show_best(sweep)
-            say("the same command goes on with the sweep")
+            show_best(sweep, then="the same command goes on with the sweep")
             raise
-    show_best(sweep)
+    show_best(sweep, then=f"shoal register {cls.__name__.lower()} {sweep.name} --alias champion")
 
 
-def show_best(sweep: Sweep) -> None:
-    """The trials, the best of them, and what to do next."""
+def show_best(sweep: Sweep, *, then: str) -> None:
+    """The trials, the best of them, and what to do ``then``."""
     from shoal.tune.show import fields_text, trials_table, value_text
 
     out = console()
     if not out.is_terminal:  # on one, the live table has just shown them
         out.print(trials_table(sweep.name, sweep.trials, sweep.objective, num_trials=len(sweep.trials)))
-    try:
+    facts = {"next": then}
+    with suppress(NotFoundError):
         best = sweep.best
-    except NotFoundError:
-        return
-    model = best.run.partition("-")[0]
-    show_facts(
-        {
-            "best": f"{best.run}  {value_text(best, sweep.objective)}  {fields_text(best)}",
-            "next": f"shoal register {model} {sweep.name} --alias champion",
-        }
-    )
+        facts = {"best": f"{best.run}  {value_text(best, sweep.objective)}  {fields_text(best)}", **facts}
+    show_facts(facts)

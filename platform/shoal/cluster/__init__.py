@@ -2,6 +2,7 @@
 
 from shoal.cluster.attach import NAMESPACE, attach, detach
 from shoal.cluster.doctor import Finding, doctor
+from shoal.cluster.guest import this_cluster
 from shoal.cluster.info import ClusterInfo, differences, environment, find
 from shoal.cluster.lifecycle import down, up
 from shoal.cluster.status import ClusterStatus, Holder, NodeStatus, status
@@ -21,5 +22,6 @@ __all__ = [
     "environment",
     "find",
     "status",
+    "this_cluster",
     "up",
 ]

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from shoal.cluster import ray_edge
+from shoal.cluster.guest import runtime_environment
 from shoal.cluster.info import ClusterInfo, check_versions, driver_environment
 from shoal.errors import ClusterError
 
@@ -41,7 +42,8 @@ def attach(info: ClusterInfo, *, timeout_s: float = ATTACH_DEADLINE_S) -> None:
         _set_environment(driver_environment(info))
         import ray
 
-        ray_edge.prepare_driver()
+        if not info.is_foreign:
+            ray_edge.prepare_driver()
         with _connect_timeout(timeout_s):
             try:
                 ray.init(
@@ -51,6 +53,7 @@ def attach(info: ClusterInfo, *, timeout_s: float = ATTACH_DEADLINE_S) -> None:
                     logging_level=logging.ERROR,
                     configure_logging=False,
                     include_dashboard=None,
+                    runtime_env=runtime_environment(info),
                 )
             except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
                 _restore_environment()

@@ -52,7 +52,7 @@ class ClusterInfo:
     """A running cluster: where it listens, where it keeps things, and what it was started from."""
 
     cluster_id: str
-    """Random, 16 hex digits; every process of the cluster has it as SHOAL_CLUSTER_ID."""
+    """Random, 16 hex digits; every process of the cluster has it as SHOAL_CLUSTER_ID. Empty if it is foreign."""
     name: str
     project: Path
     """Folder that holds ``cluster.yaml``; absolute."""
@@ -81,6 +81,11 @@ class ClusterInfo:
     python_version: str
     config: Mapping[str, Any] = field(repr=False)
     """The resolved ``cluster.yaml`` it was started from."""
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether shoal did not start it: this process is a job on it (`shoal.cluster.guest`)."""
+        return not self.cluster_id
 
     @property
     def record(self) -> Path:
@@ -180,7 +185,12 @@ def environment(info: ClusterInfo) -> dict[str, str]:
 
 
 def driver_environment(info: ClusterInfo) -> dict[str, str]:
-    """What a process sets that becomes a driver: also Serve's flags, which Serve's client code reads too."""
+    """What a process sets that becomes a driver: also Serve's flags, which Serve's client code reads too.
+
+    Nothing on a foreign cluster, where Ray has set what a job needs.
+    """
+    if info.is_foreign:
+        return {}
     return {
         **environment(info),
         **ray_edge.serve_environment(info.ports, info.run_dir, haproxy_threads(info.num_cpus)),

@@ -81,6 +81,16 @@ CLIENT_VARIABLES = frozenset(
 )
 """What a shell may hold for another cluster; a cluster must not inherit it."""
 
+ADDRESS = "RAY_ADDRESS"
+_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set in the driver of a submitted job, as ``ADDRESS`` is."""
+
+GUEST_ENVIRONMENT = {
+    # Ray Train replaces print() by one that also logs: in a run's log every line would be there twice.
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+}
+"""What workers need on any cluster, whoever started it."""
+
 _AUTOSCALING_PUSH_S = "1"
 """How often replicas and handles report load. Ray's 10 s makes scaling take 30-40 s (ray-facts 23)."""
 
@@ -164,8 +174,7 @@ def cluster_environment(ports: Mapping[str, int], run_dir: Path, serve_host: str
         # Fixed numbers unless set: a second cluster would fail to bind them.
         "DASHBOARD_METRIC_PORT": str(ports["dashboard_metrics"]),
         "AUTOSCALER_METRIC_PORT": str(ports["autoscaler_metrics"]),
-        # Ray Train replaces print() by one that also logs: in a run's log every line would be there twice.
-        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        **GUEST_ENVIRONMENT,
         # Ray runs its workers at nice 15, so they lose to anything else: on a busy machine a run had 0.67 of the
         # speed it has under torchrun (2026-11). What must not compete, such as the tracker, is nice by itself.
         WORKER_NICENESS: "0",
@@ -218,6 +227,11 @@ def haproxy_launcher(binary: str) -> str:
     launcher = Path(__file__).with_name("haproxy_launch.py")
     command = shlex.join([sys.executable, "-I", "-S", str(launcher), binary])
     return f'#!/bin/sh\nexec {command} "$@"\n'
+
+
+def is_submitted_job() -> bool:
+    """Whether ``ray job submit`` started this process, or one above it."""
+    return _JOB_CONFIG in os.environ and ADDRESS in os.environ
 
 
 def installed_ray_version() -> str:

@@ -169,6 +169,7 @@ def _replica_class(endpoint: type[Endpoint]) -> type[Any]:
             # Ray lets torch use every core of the machine, in every replica.
             torch.set_num_threads(max(1, int(endpoint.num_cpus)))
             keys = None if keys_file is None else Keys.load(Path(keys_file))
+            self._batch_size = batch_size
             self._endpoint = endpoint(
                 limits=limits, keys=keys, batch_size=batch_size, batch_wait_s=batch_wait_s
             )
@@ -176,9 +177,10 @@ def _replica_class(endpoint: type[Endpoint]) -> type[Any]:
         def __serve_build_asgi_app__(self) -> Any:
             from shoal.serve.exported import export_metrics
 
-            gate = self._endpoint.asgi()
-            self._export = asyncio.get_running_loop().create_task(export_metrics(gate.meter))
-            return gate
+            self._export = asyncio.get_running_loop().create_task(
+                export_metrics(self._endpoint.meter, self._endpoint.version, batch_size=self._batch_size)
+            )
+            return self._endpoint.asgi()
 
         async def reconfigure(self, user_config: dict[str, Any]) -> None:
             """Load the version that ``user_config`` names, while the one before goes on answering.

@@ -25,6 +25,7 @@ from shoal.serve.core.answer import Answer, Refusal
 from shoal.serve.core.batch import Batcher
 from shoal.serve.core.gate import Call, Gate, Limits
 from shoal.serve.core.keys import Keys
+from shoal.serve.core.meter import Meter
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,14 +101,27 @@ class Endpoint:
         self._loaded: Loaded | None = None
         self._rejected: str | None = None
         self._batch_s = 1.0
-        self._batch_size = batch_size
+        self.meter = Meter()
         # One thread each: a second forward or picture at once would take the CPU from the first.
         self._forward_thread = ThreadPoolExecutor(1, thread_name_prefix="forward")
         self._picture_thread = ThreadPoolExecutor(1, thread_name_prefix="picture")
         self._batcher: Batcher[NDArray[np.float32], Answer] = Batcher(
-            self._forward, max_size=batch_size, max_wait_s=batch_wait_s, executor=self._forward_thread
+            self._forward,
+            max_size=batch_size,
+            max_wait_s=batch_wait_s,
+            executor=self._forward_thread,
+            num_by_size=self.meter.num_batches,
         )
-        self.gate: Gate | None = None
+
+    @classmethod
+    def reads_pictures(cls) -> bool:
+        """Whether a subclass says how a picture becomes a sample."""
+        return cls.from_picture is not Endpoint.from_picture
+
+    @classmethod
+    def reads_json(cls) -> bool:
+        """Whether a subclass says how JSON becomes a sample."""
+        return cls.from_json is not Endpoint.from_json
 
     @property
     def loaded(self) -> Loaded | None:
@@ -153,14 +167,14 @@ class Endpoint:
         """The ASGI app: the gate, the hot route behind it, and FastAPI for all others."""
         from shoal.serve.routes import build_routes
 
-        self.gate = Gate(
+        return Gate(
             build_routes(self),
             hot={("POST", "/predict"): self.predict},
             limits=self._limits,
-            version=self._version,
+            version=self.version,
             keys=self._keys,
+            meter=self.meter,
         )
-        return self.gate
 
     async def predict(self, call: Call) -> Answer:
         """Answer one request with the loaded model."""
@@ -218,7 +232,8 @@ class Endpoint:
         self._batch_s += 0.2 * (min(seconds, 1.0) - self._batch_s)
         self._batcher.executor = None if self._batch_s < _INLINE_BELOW_S else self._forward_thread
 
-    def _version(self) -> bytes:
+    def version(self) -> bytes:
+        """The version that answers now, as it is in ``X-Model-Version``: ``digits@3``, or ``none``."""
         return b"none" if self._loaded is None else self._loaded.name.encode()
 
 

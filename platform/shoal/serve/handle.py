@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -70,6 +71,24 @@ class App:
                 f"app {self.name!r} at {self.url} does not answer ({error}). See: shoal status"
             ) from None
 
+    def curl(self) -> str:
+        """A command for a shell that asks the app, as its API's page describes it; names no key.
+
+        Raises:
+            ClusterError: the app does not answer.
+        """
+        request = urllib.request.Request(f"{self.url}/openapi.json", headers=_key_header(self.info))
+        try:
+            with OPENER.open(request, timeout=10.0) as response:
+                page = json.loads(response.read(MAX_ANSWER_BYTES))
+        except OSError as error:
+            raise ClusterError(
+                f"app {self.name!r} at {self.url} does not answer ({error}). See: shoal status"
+            ) from None
+        content = page["paths"]["/predict"]["post"]["requestBody"]["content"]
+        has_keys = bool(_key_header(self.info))
+        return curl_command(f"{self.url}/predict", content, has_keys=has_keys)
+
     def status(self) -> AppStatus:
         """How the app is now.
 
@@ -97,6 +116,18 @@ class App:
         from shoal.serve.deploying import delete
 
         delete(self.info, self.name)
+
+
+def curl_command(url: str, content: Mapping[str, Any], *, has_keys: bool) -> str:
+    """A ``curl`` that sends what ``content`` (OpenAPI's, by media type) says that ``url`` takes. Pure."""
+    key = ["-H", "X-API-Key: KEY"] if has_keys else []
+    if "multipart/form-data" in content:
+        sent = ["-F", "file=@picture.png"]
+    else:
+        examples = content.get("application/json", {}).get("examples") or {"": {"value": {}}}
+        document = json.dumps(next(iter(examples.values()))["value"])
+        sent = ["-H", "Content-Type: application/json", "-d", document]
+    return shlex.join(["curl", *key, *sent, url])
 
 
 def answering_model(url: str, *, timeout_s: float = 5.0) -> str:

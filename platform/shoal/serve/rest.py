@@ -61,6 +61,8 @@ def write_serve(info: ClusterInfo, config: Mapping[str, Any]) -> None:
 
 
 def _call(info: ClusterInfo, method: str, body: bytes | None) -> bytes:
+    if info.is_foreign:
+        raise ClusterError("apps need a cluster that shoal started (shoal up); this job only visits one")
     try:
         token = info.token_path.read_text().strip()
     except OSError as error:

@@ -85,6 +85,7 @@ _PREDICT_ANSWERS: dict[int | str, dict[str, Any]] = {
 
 
 def _request_body(endpoint: Endpoint) -> dict[str, Any]:
+    """What ``POST /predict`` takes; only what the endpoint reads."""
     binary = {"schema": {"type": "string", "format": "binary"}}
     json_body: dict[str, Any] = {"schema": {"type": "object"}}
     if endpoint.examples:
@@ -96,12 +97,11 @@ def _request_body(endpoint: Endpoint) -> dict[str, Any]:
             "properties": {"file": {"type": "string", "format": "binary"}},
         }
     }
-    content = {
-        "application/json": json_body,
-        "multipart/form-data": form,
-        "image/png": binary,
-        "image/jpeg": binary,
-    }
+    content: dict[str, Any] = {}
+    if endpoint.reads_json():
+        content["application/json"] = json_body
+    if endpoint.reads_pictures():
+        content |= {"multipart/form-data": form, "image/png": binary, "image/jpeg": binary}
     return {"requestBody": {"required": True, "content": content}}
 
 

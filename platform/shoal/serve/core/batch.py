@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import Generic, TypeVar
@@ -18,6 +19,7 @@ class Batcher(Generic[Item, Result]):
     starts at the end of the event loop's turn, so what arrived together runs together and nobody waits for
     company; while a batch runs on ``executor`` the next one gathers. Without an executor it runs in the event
     loop's thread: for a forward of less than a millisecond the switch to another thread and back costs more.
+    Batches are counted in ``num_by_size``.
 
     `ray.serve.batch` does the same through a queue and tasks of its own: 22 microseconds per item against 2
     here, with 32 callers and an empty ``forward`` (2026-11-23).
@@ -30,11 +32,13 @@ class Batcher(Generic[Item, Result]):
         max_size: int,
         max_wait_s: float = 0.0,
         executor: Executor | None = None,
+        num_by_size: Counter[int] | None = None,
     ) -> None:
         self._forward = forward
         self._max_size = max_size
         self._max_wait_s = max_wait_s
         self.executor = executor
+        self._num_by_size = Counter() if num_by_size is None else num_by_size
         self._waiting: list[tuple[Item, asyncio.Future[Result]]] = []
         self._timer: asyncio.Handle | None = None
         self._is_due = False
@@ -69,6 +73,7 @@ class Batcher(Generic[Item, Result]):
         batch = self._take()
         if not batch:
             return
+        self._num_by_size[len(batch)] += 1
         if self.executor is None:
             self._run_here(batch)
             if self._waiting:

@@ -10,7 +10,6 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from time import perf_counter
 from typing import Any
 
 from shoal.serve.core.answer import Answer, ASGIApp, Header, Message, Receive, Refusal, Scope, Send
@@ -80,7 +79,6 @@ class Gate:
         if scope["type"] != "http":
             await self._refuse_protocol(scope, receive, send)
             return
-        started = perf_counter()
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         reply = _Reply(send, self._version)
         try:
@@ -92,7 +90,7 @@ class Gate:
         except Exception:
             logger.exception("%s %s failed", scope["method"], path)
             await reply.send_answer(_internal().answer())
-        self.meter.observe(reply.status, perf_counter() - started)
+        self.meter.num_answers[reply.status, reply.version] += 1
 
     async def _pass(self, path: str, scope: Scope, receive: Receive, reply: _Reply) -> None:
         if path in self._open_paths:  # a health check must not queue behind what it checks
@@ -155,19 +153,21 @@ class Gate:
 
 
 class _Reply:
-    """The caller's ``send``, which notes the status and adds the model version to every answer."""
+    """The caller's ``send``, which adds the model version to every answer and notes it with the status."""
 
-    __slots__ = ("_send", "_version", "status")
+    __slots__ = ("_send", "_version_now", "status", "version")
 
     def __init__(self, send: Send, version: Callable[[], bytes]) -> None:
         self._send = send
-        self._version = version
+        self._version_now = version
         self.status = 0
+        self.version = b""
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            headers = [*message.get("headers", ()), (b"x-model-version", self._version())]
+            self.version = self._version_now()
+            headers = [*message.get("headers", ()), (b"x-model-version", self.version)]
             message = {**message, "headers": headers}
         await self._send(message)
 
@@ -175,10 +175,11 @@ class _Reply:
         if self.status:  # the answer had begun: it cannot be taken back, so the connection is cut
             raise ConnectionAbortedError("the answer failed half way")
         self.status = answer.status
+        self.version = answer.version or self._version_now()
         headers = [
             (b"content-type", answer.content_type),
             (b"content-length", b"%d" % len(answer.body)),
-            (b"x-model-version", answer.version or self._version()),
+            (b"x-model-version", self.version),
             *answer.headers,
         ]
         await self._send({"type": "http.response.start", "status": answer.status, "headers": headers})
