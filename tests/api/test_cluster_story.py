@@ -185,20 +185,6 @@ def test_a_changed_model_file_is_noticed(attached: shoal.Cluster, trained: shoal
         attached.serve("serve_apps.digits:app", model=model.name, name="tampered")
 
 
-def test_a_run_next_to_an_app_starts_with_what_is_free(attached: shoal.Cluster, trained: shoal.Run) -> None:
-    attached.models.register("neighbour", trained, alias="champion")
-    app = attached.serve("serve_apps.digits:app", model="neighbour@champion")
-    try:
-        run = attached.train(slow_digits(), workers="1..4", steps=60, name="beside-an-app").wait(
-            progress=False
-        )
-        workers = run.record.events(("start",))[-1]["workers"]
-        assert 1 <= workers < 4, "the app holds some of the 4 CPUs"
-        assert app.predict({"pixels": [[0, 0, 0, 8, 14, 0, 0, 0]] * 8})["version"] == 1
-    finally:
-        app.delete()
-
-
 def test_runs_reach_mlflow(attached: shoal.Cluster, trained: shoal.Run) -> None:
     tracker = api.ensure_tracker(attached.info)
     wait_until(lambda: tracker.flush().behind_runs == 0, lambda: repr(tracker.status()))

@@ -52,6 +52,10 @@ def main() -> None:
                 threads=1,
             )
             train_worker(spec, group)
+    left = [
+        name for task in Path("/proc/self/task").iterdir() if "gloo" in (name := (task / "comm").read_text())
+    ]
+    assert not left, f"the process group was left and lives on: {left}"
 
 
 if __name__ == "__main__":

@@ -12,6 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# The defaults of its functions are the group that exists when it is imported. torch.optim imports it late, and the
+# group then outlives destroy_process_group: its threads still run while the interpreter ends, and one that wants the
+# GIL then aborts the process (SIGABRT of a rank whose run had finished, torch 2.13).
+import torch.distributed.nn.functional
+
 from shoal.errors import EnvironmentFailure
 
 COLLECTIVE_TIMEOUT_S = 120.0
