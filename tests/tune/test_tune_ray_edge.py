@@ -140,7 +140,8 @@ def test_a_killed_trial_goes_on_from_its_checkpoint(cluster: ClusterInfo, tmp_pa
     starts = [RunRecord(Storage(cluster.storage), trial.run).events(("start",)) for trial in sweep.trials]
     assert sorted(len(attempts) for attempts in starts) == [1, 2]
     resumed = max(starts, key=len)[-1]
-    assert (resumed["source"], resumed["step"]) == ("checkpoint", 10)
+    assert resumed["source"] == "checkpoint"
+    assert resumed["step"] in (10, 20)  # killed at 20, whose checkpoint may have been committed by then
 
 
 @pytest.mark.cluster
