@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +147,10 @@ def make_trials(storage: Storage, num_trials: int = 2, **changes: Any) -> Trials
 
 
 def half_way(storage: Storage, trial: Trial | None) -> TrialRun:
-    """A trial that was measured at step 20 and stands still."""
+    """A trial that was measured at step 20 and stands still; stopped, it is far from its end."""
     assert trial is not None
-    run = TrialRun(make_plan(storage).spec(trial.number, trial.fields, trial.source))
+    spec = make_plan(storage).spec(trial.number, trial.fields, trial.source)
+    run = TrialRun(replace(spec, target_steps=1_000_000))
     assert [run.next().step, run.next().step] == [10, 20]
     return run
 
@@ -205,9 +207,13 @@ def test_a_run_that_goes_on_from_anothers_checkpoint_trains_to_the_end(storage: 
     assert trials.ended(third.number).state is TrialState.FINISHED
     # The next driver repeats neither what was replaced nor what finished.
     again = make_trials(storage)
-    assert [again.snapshot()[n].state for n in (0, 2)] == [TrialState.PRUNED, TrialState.FINISHED]
+    assert [trial.state for trial in again.snapshot()] == [
+        TrialState.PRUNED,
+        TrialState.STOPPED,
+        TrialState.FINISHED,
+    ]
     assert again.snapshot()[2] == trials.snapshot()[2]
-    assert again.num_trials == 3
+    assert (again.num_left, again.num_trials) == (1, 3)
 
 
 def test_a_driver_that_died_within_an_exploit_did_not_make_it(
@@ -245,7 +251,7 @@ def test_a_first_trial_does_not_go_on_from_what_a_dead_driver_copied(storage: St
     assert all(run.stop() for run in runs)
     adopt_checkpoint(RunRecord(storage, "s-t002"), RunRecord(storage, "s-t003"))  # and died here
     more = make_trials(storage, 3)
-    handed_out = [more.next() for _ in range(3)]  # the first two too, unless they had run to their end
+    handed_out = [more.next() for _ in range(3)]
     third = next(trial for trial in handed_out if trial is not None and trial.run == "s-t003")
     half_way(storage, third).stop()
     start = RunRecord(storage, "s-t003").events(("start",))[0]

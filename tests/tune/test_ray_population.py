@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import searched
 from drive import start_population
-from searched import Member
+from searched import Line, Member
 
 import shoal
 from shoal.errors import NotFoundError, RequestError
@@ -204,6 +204,29 @@ def test_a_killed_driver_repeats_no_finished_member_of_a_population(
     assert all(trial.state.is_final for trial in trials.values())
     assert sum(trial.source is None for trial in trials.values()) == 4
     assert sum(trial.state is TrialState.FINISHED for trial in trials.values()) == 4
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("by_value")
+def test_a_member_that_finds_no_room_yet_holds_up_nobody(cluster: ClusterInfo) -> None:
+    other = start_sweep(
+        cluster, Line(), SPACE, trials=1, concurrent=1, name="holds-a-cpu", scheduler="none", steps=10_000_000
+    )
+    deadline = time.monotonic() + 60
+    while not any(trial.step > 0 for trial in other.trials):
+        assert time.monotonic() < deadline, f"the other sweep did not begin: {other.trials}"
+        time.sleep(0.05)
+    try:
+        crowded = start_sweep(
+            cluster, Line(), SPACE, trials=4, concurrent=4, name="crowded", scheduler="pbt", steps=60
+        )
+        crowded.wait(progress=False, timeout_s=120)
+    finally:
+        other.stop()
+        other.wait(progress=False, timeout_s=60)
+    assert all(trial.state.is_final for trial in crowded.trials)
+    assert sum(trial.source is None for trial in crowded.trials) == 4
+    assert sum(trial.state is TrialState.FINISHED for trial in crowded.trials) == 4
 
 
 @pytest.mark.cluster
