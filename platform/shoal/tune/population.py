@@ -45,7 +45,7 @@ def check_population(
         problems.append(
             f"trials={trials}, but only {side_by_side} at a time: a population trains side by side. Ask for "
             f"at most {side_by_side} trials, for more at a time (concurrent=, --concurrent), or for less per trial "
-            "(cpus_per_trial=)"
+            "(cpus_per_worker=)"
         )
     if steps <= eval_every:
         problems.append(
