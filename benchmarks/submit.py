@@ -49,7 +49,7 @@ def run_stock(folder: Path, out: Path) -> None:
 
 
 def run_shoal(folder: Path, out: Path) -> None:
-    from shoal.train.ray_edge import run_workers
+    from shoal.train.workers import run_workers
 
     run_workers(
         first_step,

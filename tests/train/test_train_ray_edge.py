@@ -161,7 +161,7 @@ def workers(cluster: ClusterInfo, tmp_path: Path) -> Callable[..., Any]:
     from ray import cloudpickle
 
     import edge_loads
-    from shoal.train.ray_edge import Workers
+    from shoal.train.workers import Workers
 
     cloudpickle.register_pickle_by_value(edge_loads)  # this folder is on pytest's path, not on the workers'
 
@@ -252,10 +252,10 @@ class TestOnACluster:
     def test_room_taken_by_somebody_else_is_granted_anew(
         self, workers: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from shoal.train import ray_edge
+        from shoal.train import workers as room
 
         grants = itertools.chain([9], itertools.repeat(1))  # 9 were never free
-        monkeypatch.setattr(ray_edge, "wait_for_grant", lambda *_, **__: next(grants))
+        monkeypatch.setattr(room, "wait_for_grant", lambda *_, **__: next(grants))
         workers("sum_ranks", ONE, start_timeout_s=1.0).run()
         assert [line["world"] for line in notes(tmp_path, 0)] == [1]
 

@@ -13,7 +13,7 @@ import os
 import resource
 import threading
 
-MODULES = ("torch", "torch._dynamo", "shoal.train.ray_edge")
+MODULES = ("torch", "torch._dynamo", "shoal.train.workers")
 """The last one imports all that a controller or training worker of a run needs, Ray Train's modules too. torch
 imports torch._dynamo late, with the first seed or optimizer: the first trial in a process took 1.11 CPU-s, the
 second 0.05 (2026-11)."""

@@ -17,7 +17,7 @@ from shoal.train.spec import RunSpec
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
 
-    from shoal.train.ray_edge import Workers
+    from shoal.train.workers import Workers
 
 
 def launch(spec: RunSpec, *, workers: Range, resources_per_worker: Resources, retries: int) -> Run:
@@ -72,7 +72,7 @@ def finished_run(spec: RunSpec, record: RunRecord) -> Run | None:
 class WorkersDriver:
     """A thread that keeps the workers of one run alive; see `run.Driver`.
 
-    ``placement_group`` is for a caller that holds the workers' room already, as in `ray_edge.Workers`.
+    ``placement_group`` is for a caller that holds the workers' room already, as in `workers.Workers`.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class WorkersDriver:
             self._driving.release()
 
     def _run_workers(self) -> None:
-        from shoal.train.ray_edge import Workers
+        from shoal.train.workers import Workers
 
         group = Workers(
             train_on_worker,

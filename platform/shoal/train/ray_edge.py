@@ -1,12 +1,12 @@
-"""The one place that speaks to Ray Train: start a group of workers, restart it when one dies, stop it.
+"""The parts of Ray Train that we replace: its worker group, controller, policies, backend and trainer.
 
 Stock Ray Train needs about 10 s on 2 cores from submit to the first step, nearly all of it processes that
 import torch: the controller and each worker carry a runtime environment of their own, so Ray starts a fresh
 process for each, and helper actors that a run of ours does not use take processes too. Here nobody carries
 one (settings travel as arguments), the helpers are gone, and so every actor finds a warm process
-(`shoal.cluster.warm`). `benchmarks/submit.py` measures it.
+(`shoal.cluster.warm`). `benchmarks/submit.py` measures it. `workers` runs them.
 
-It subclasses Ray Train's private classes. ``tests/train/test_train_ray_edge.py`` fails, naming what to look at,
+These are subclasses of private classes. ``tests/train/test_train_ray_edge.py`` fails, naming what to look at,
 when an upgrade moves one of them. Unlike its siblings this module imports torch and ray at the top: it is
 only imported to train on a cluster, and by waiting processes so that nothing is left to import.
 """
@@ -16,14 +16,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import shutil
 import socket
-import threading
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, ClassVar
 
 import ray
@@ -31,8 +27,7 @@ import ray._private.worker as ray_worker_module
 import ray.train.v2._internal.execution.worker_group.state as worker_group_state_module
 import ray.train.v2._internal.execution.worker_group.worker_group as worker_group_module
 import torch.distributed as dist
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig
 from ray.train.torch import TorchTrainer
 from ray.train.torch.config import TorchConfig, _TorchBackend
 from ray.train.v2._internal.callbacks import AcceleratorSetupCallback, BackendSetupCallback
@@ -48,36 +43,18 @@ from ray.train.v2._internal.execution.scaling_policy import NoopDecision, Resize
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
-from ray.util.placement_group import (
-    PlacementGroup,
-    placement_group,
-    placement_group_table,
-    remove_placement_group,
-)
+from ray.util.placement_group import PlacementGroup, placement_group
 
-from shoal.capacity import Resources, wait_for_grant
+from shoal.capacity import Resources
 from shoal.cluster.warm import add_warm_processes
-from shoal.config import Range
-from shoal.errors import ClusterError, DeadlineExceeded, ShoalError, WorkerLost
+from shoal.errors import ShoalError
 
 logger = logging.getLogger(__name__)
-
-_POLL_S = 0.2
-"""How often the controller looks at its workers; a death is acted on that much later at worst."""
 
 _PAY_BACK_EVERY_S = 60.0
 """How long a group runs before a warm process that it took is replaced, and then the next; at the run's end, all
 that are left. Each is 3.5 CPU-seconds of imports, which a run on every core feels (`shoal.cluster.preload`):
 so a short run never pays, and a long one once. A new cluster has one to spare for a death before that."""
-
-_ABORT_PATIENCE_S = 5.0
-"""How long an abort may take the polite way; after that the controller is killed and cleaned up after."""
-
-_NUM_GRANTS = 5
-"""How often room that was granted may be taken by somebody else before the workers were there."""
-
-
-# --- the parts that replace Ray Train's own -----------------------------------------------------------------
 
 
 class _Group(WorkerGroup):  # type: ignore[misc]  # Ray has no types
@@ -174,14 +151,15 @@ class _RestartOnDeath(FailurePolicy):  # type: ignore[misc]
         self.num_failures = 0
 
     def make_decision(self, training_failed_error: Exception) -> FailureDecision:
-        if not _is_worth_a_restart(training_failed_error):
+        if not is_worth_a_restart(training_failed_error):
             return FailureDecision.RAISE
         self.num_failures += 1
         may_retry = self.num_failures <= self.failure_config.max_failures
         return FailureDecision.RETRY if may_retry else FailureDecision.RAISE
 
 
-def _is_worth_a_restart(error: Exception) -> bool:
+def is_worth_a_restart(error: Exception) -> bool:
+    """Whether a group that failed so may do better when it is started again."""
     if isinstance(error, ControllerError):
         return isinstance(error.controller_failure, WorkerGroupStartupFailedError)
     if not isinstance(error, WorkerGroupError):
@@ -193,6 +171,13 @@ def _is_worth_a_restart(error: Exception) -> bool:
     ):
         return True
     return not any(isinstance(failure, ShoalError) for failure in failures)
+
+
+def found_no_room(error: Exception) -> bool:
+    """Whether a group failed because somebody else took the room that was granted to it."""
+    return isinstance(error, ControllerError) and isinstance(
+        error.controller_failure, WorkerGroupStartupTimeoutError
+    )
 
 
 class _FixedWorkers(ScalingPolicy):  # type: ignore[misc]
@@ -215,7 +200,7 @@ class _FixedWorkers(ScalingPolicy):  # type: ignore[misc]
 
 
 @dataclass
-class _ProcessGroup(TorchConfig):  # type: ignore[misc]
+class ProcessGroup(TorchConfig):  # type: ignore[misc]
     """torch.distributed with a finite timeout, whose sockets stay on the node's own address."""
 
     @property
@@ -224,7 +209,7 @@ class _ProcessGroup(TorchConfig):  # type: ignore[misc]
 
 
 class _ProcessGroupBackend(_TorchBackend):  # type: ignore[misc]
-    def on_start(self, worker_group: Any, backend_config: _ProcessGroup) -> None:
+    def on_start(self, worker_group: Any, backend_config: ProcessGroup) -> None:
         # Ray's own picks a port, lets it go and hopes; torch's store then listens on every interface.
         gpus = worker_group.get_resources_per_worker().get("GPU", 0)
         backend = backend_config.backend or ("nccl" if gpus else "gloo")
@@ -240,7 +225,7 @@ class _ProcessGroupBackend(_TorchBackend):  # type: ignore[misc]
             ]
         )
 
-    def on_shutdown(self, worker_group: Any, backend_config: _ProcessGroup) -> None:
+    def on_shutdown(self, worker_group: Any, backend_config: ProcessGroup) -> None:
         """Leave it: the processes end right after; a collective that lost its peer would be waited for."""
 
 
@@ -287,8 +272,24 @@ def _join(backend: str, rank: int, world_size: int, address: str, port: int, tim
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
-class _Trainer(TorchTrainer):  # type: ignore[misc]
-    """`TorchTrainer` that hands its controller to us instead of waiting for it."""
+class Trainer(TorchTrainer):  # type: ignore[misc]
+    """`TorchTrainer` that hands its controller to ``watch`` instead of waiting for it.
+
+    ``environment`` is the controller's; ``lent`` a placement group for its workers, None to make one.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        environment: Mapping[str, str],
+        lent: PlacementGroup | None,
+        watch: Callable[[Any], Any],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._environment = environment
+        self._lent = lent
+        self._watch = watch
 
     def _create_default_callbacks(self) -> list[Any]:
         return [
@@ -299,7 +300,7 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
     def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
         kwargs["scaling_policy"] = _FixedWorkers(self.scaling_config)
         kwargs["failure_policy"] = _RestartOnDeath(self.run_config.failure_config)
-        return self._on_controller(
+        return self._watch(
             ray.remote(
                 num_cpus=0,
                 label_selector={ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()},
@@ -324,222 +325,3 @@ def keep_raylet_quiet() -> None:
 
     print_unless_raylet.is_shoals = True  # type: ignore[attr-defined]
     ray_worker_module.print_to_stdstream = print_unless_raylet
-
-
-# --- what the engine uses -----------------------------------------------------------------------------------
-
-
-class Workers:
-    """One group of training workers on the cluster; `run` it in a thread, `abort` it from any other.
-
-    Args:
-        fn: runs on every worker with ``config``, in a thread; ``torch.distributed`` is initialised there
-            (gloo on CPU, nccl where a worker has a GPU) and RANK, WORLD_SIZE, LOCAL_RANK, ... are set. A
-            module-level function travels by name. It sees OMP_NUM_THREADS as Ray set it: one worker's CPUs.
-        name: for Ray's pages and logs; need not be unique.
-        workers: how many; the range is granted from what is free, again at each new start.
-        resources_per_worker: Ray resources, such as ``{"CPU": 1}``.
-        max_failures: how many times the group is started again after a worker died, over its whole life.
-        storage_path: an existing folder; Ray Train leaves a small folder of its own under ``<storage_path>``.
-        grant_wait_s: how long to wait for ``workers.min`` to be free.
-        start_timeout_s: how long reserving room that was granted may take before it is granted anew. Takes
-            milliseconds unless somebody else was faster, or what Ray says is free was out of date.
-        collective_timeout_s: how long a worker waits for its peers in one collective before it fails.
-        placement_group: one that the caller holds, whose bundle n is room for worker n. The workers start, and
-            start again, in it instead of in room that is granted; it stays when they are gone. ``workers`` is
-            then one number, that of its bundles.
-    """
-
-    def __init__(
-        self,
-        fn: Callable[[dict[str, Any]], None],
-        config: dict[str, Any],
-        *,
-        name: str,
-        workers: Range,
-        resources_per_worker: Resources,
-        max_failures: int,
-        storage_path: Path,
-        grant_wait_s: float = 60.0,
-        start_timeout_s: float = 3.0,
-        collective_timeout_s: float = 120.0,
-        placement_group: PlacementGroup | None = None,
-    ) -> None:
-        self._fn = fn
-        self._config = config
-        self._name = name
-        self._workers = workers
-        self._resources_per_worker = dict(resources_per_worker)
-        self._max_failures = max_failures
-        self._storage_path = storage_path
-        self._grant_wait_s = grant_wait_s
-        self._start_timeout_s = start_timeout_s
-        self._collective_timeout_s = collective_timeout_s
-        self._placement_group = placement_group
-        # Ray Train resumes a name it has seen, from files it does not verify: each start gets a new one.
-        self._ray_name = f"shoal-{name}-{uuid.uuid4().hex[:8]}"
-        self._stop = threading.Event()
-        self._lock = threading.Lock()
-        self._controller: Any = None
-        self._num_failures = 0
-
-    @property
-    def is_aborted(self) -> bool:
-        """Whether `abort` was called."""
-        return self._stop.is_set()
-
-    def run(self) -> None:
-        """Run until ``fn`` returned on every worker; returns early, without an error, after `abort`.
-
-        Blocks. Whichever way it ends, no actor and no placement group that it made remains.
-
-        Raises:
-            RequestError: the workers can never fit into this cluster.
-            DeadlineExceeded: no room for the least number of workers; says who holds it.
-            WorkerLost: workers died more than ``max_failures`` times.
-            ClusterError: the cluster does not answer.
-            ShoalError: whatever ``fn`` raised of that kind.
-        """
-        for _ in range(_NUM_GRANTS):
-            granted = self._wait_for_grant()
-            try:
-                if self._stop.is_set() or self._run_group(granted):
-                    return
-            finally:
-                self._clean_up()
-        raise DeadlineExceeded(
-            f"run {self._name}: room for {self._workers} worker(s) was free {_NUM_GRANTS} times and taken by "
-            f"somebody else each time before the workers were there. See `shoal status`, or try again."
-        )
-
-    def abort(self) -> None:
-        """Stop the workers without asking them; safe to call at any time, from any thread, and again.
-
-        Blocks for at most a few seconds. `run` returns once everything is gone.
-        """
-        self._stop.set()
-        with self._lock:
-            controller = self._controller
-        if controller is None:
-            return
-        try:
-            ray.get(controller.abort.remote(), timeout=_ABORT_PATIENCE_S)
-        except (RayActorError, GetTimeoutError):
-            ray.kill(controller)  # gone already, or busy starting workers: they die with it
-
-    def _wait_for_grant(self) -> int:
-        if self._placement_group is not None:
-            return self._workers.min
-        return wait_for_grant(
-            self._workers, self._resources_per_worker, wait_s=self._grant_wait_s, stop=self._stop
-        )
-
-    def _run_group(self, num_workers: int) -> bool:
-        """Run one controller to its end; False when its workers found no room, so a new grant is needed."""
-        error = self._fit(num_workers)
-        if error is None or self._stop.is_set():
-            return True
-        if isinstance(error, RayActorError):  # the controller died: its workers died with it
-            self._num_failures += 1
-            if self._num_failures <= self._max_failures:
-                return False
-            raise WorkerLost(self._lost_message(error)) from error
-        if isinstance(error, ControllerError):
-            if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
-                return False
-            if not isinstance(error.controller_failure, WorkerGroupStartupFailedError):
-                raise ClusterError(
-                    f"run {self._name}: Ray Train failed: {error.controller_failure}"
-                ) from error
-        if isinstance(error, WorkerGroupError):
-            for failure in error.worker_failures.values():
-                if isinstance(failure, ShoalError) and not _is_worth_a_restart(error):
-                    raise failure
-        raise WorkerLost(self._lost_message(error)) from error
-
-    def _fit(self, num_workers: int) -> Exception | None:
-        """Start a controller, wait for it, and return how it failed; None when all went well."""
-        trainer = _Trainer(
-            self._fn,
-            train_loop_config=self._config,
-            torch_config=_ProcessGroup(timeout_s=self._collective_timeout_s),
-            scaling_config=ScalingConfig(
-                num_workers=num_workers,
-                use_gpu=bool(self._resources_per_worker.get("GPU")),
-                resources_per_worker=self._resources_per_worker,
-            ),
-            run_config=RunConfig(
-                name=self._ray_name,
-                storage_path=str(self._storage_path),
-                failure_config=FailureConfig(max_failures=self._max_failures - self._num_failures),
-                logging_config=LoggingConfig(log_level="ERROR"),
-            ),
-        )
-        trainer._environment = {
-            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(_POLL_S),
-            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(self._start_timeout_s),
-            # An actor more, for node preemption notices, which no target has yet.
-            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-            # The controller waits for its workers in an event loop on purpose.
-            "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
-        }
-        trainer._lent = self._placement_group
-        trainer._on_controller = self._watch
-        keep_raylet_quiet()
-        failure: Exception | None = None
-        try:
-            trainer.fit()
-        except (WorkerGroupError, ControllerError, RayActorError) as error:
-            failure = error
-        except RayError as error:
-            raise ClusterError(f"run {self._name}: the cluster does not answer: {error}") from error
-        return failure
-
-    def _watch(self, controller: Any) -> Any:
-        with self._lock:
-            self._controller = controller
-        if self._stop.is_set():  # abort() came before there was anything to abort
-            ray.kill(controller)
-        ray.get(controller.run.remote())
-        self._num_failures += ray.get(controller.num_failures.remote())
-        return ray.get(controller.get_result.remote())
-
-    def _clean_up(self) -> None:
-        """Leave no controller, no placement group (one outlives a controller that was killed), no folder."""
-        with self._lock:
-            controller, self._controller = self._controller, None
-        if controller is not None:
-            ray.kill(controller)
-        for group in placement_group_table().values():
-            if group["name"] == self._ray_name and group["state"] != "REMOVED":
-                remove_placement_group(ray.util.get_placement_group(self._ray_name))
-        shutil.rmtree(self._storage_path / self._ray_name, ignore_errors=True)  # Ray Train's own marker file
-
-    def _lost_message(self, error: Exception) -> str:
-        return (
-            f"run {self._name}: its workers failed {self._num_failures} time(s), and {self._max_failures} "
-            f"restart(s) were allowed (`train: retries`). The last committed checkpoint is kept: the run goes on "
-            f"from it when it is started again. Last failure: {error}"
-        )
-
-
-def run_workers(
-    fn: Callable[[dict[str, Any]], None],
-    config: dict[str, Any],
-    *,
-    name: str,
-    num_workers: int,
-    resources_per_worker: Resources,
-    max_failures: int,
-    storage_path: Path,
-) -> None:
-    """`Workers.run` on exactly ``num_workers`` workers, for callers that never abort."""
-    Workers(
-        fn,
-        config,
-        name=name,
-        workers=Range(num_workers, num_workers),
-        resources_per_worker=resources_per_worker,
-        max_failures=max_failures,
-        storage_path=storage_path,
-    ).run()

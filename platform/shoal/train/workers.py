@@ -1,0 +1,253 @@
+"""Start a group of workers on the cluster, restart it when one dies, stop it.
+
+Ray Train does the work, with the parts that `ray_edge` replaces. Like that module this one imports torch and
+ray at the top.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.train import (
+    ControllerError,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+    WorkerGroupError,
+)
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+from shoal.capacity import Resources, wait_for_grant
+from shoal.config import Range
+from shoal.errors import ClusterError, DeadlineExceeded, ShoalError, WorkerLost
+from shoal.train.ray_edge import ProcessGroup, Trainer, found_no_room, is_worth_a_restart, keep_raylet_quiet
+
+_POLL_S = 0.2
+"""How often the controller looks at its workers; a death is acted on that much later at worst."""
+
+_ABORT_PATIENCE_S = 5.0
+"""How long an abort may take the polite way; after that the controller is killed and cleaned up after."""
+
+_NUM_GRANTS = 5
+"""How often room that was granted may be taken by somebody else before the workers were there."""
+
+
+class Workers:
+    """One group of training workers on the cluster; `run` it in a thread, `abort` it from any other.
+
+    Args:
+        fn: runs on every worker with ``config``, in a thread; ``torch.distributed`` is initialised there
+            (gloo on CPU, nccl where a worker has a GPU) and RANK, WORLD_SIZE, LOCAL_RANK, ... are set. A
+            module-level function travels by name. It sees OMP_NUM_THREADS as Ray set it: one worker's CPUs.
+        name: for Ray's pages and logs; need not be unique.
+        workers: how many; the range is granted from what is free, again at each new start.
+        resources_per_worker: Ray resources, such as ``{"CPU": 1}``.
+        max_failures: how many times the group is started again after a worker died, over its whole life.
+        storage_path: an existing folder; Ray Train leaves a small folder of its own under ``<storage_path>``.
+        grant_wait_s: how long to wait for ``workers.min`` to be free.
+        start_timeout_s: how long reserving room that was granted may take before it is granted anew. Takes
+            milliseconds unless somebody else was faster, or what Ray says is free was out of date.
+        collective_timeout_s: how long a worker waits for its peers in one collective before it fails.
+        placement_group: one that the caller holds, whose bundle n is room for worker n. The workers start, and
+            start again, in it instead of in room that is granted; it stays when they are gone. ``workers`` is
+            then one number, that of its bundles.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[[dict[str, Any]], None],
+        config: dict[str, Any],
+        *,
+        name: str,
+        workers: Range,
+        resources_per_worker: Resources,
+        max_failures: int,
+        storage_path: Path,
+        grant_wait_s: float = 60.0,
+        start_timeout_s: float = 3.0,
+        collective_timeout_s: float = 120.0,
+        placement_group: PlacementGroup | None = None,
+    ) -> None:
+        self._fn = fn
+        self._config = config
+        self._name = name
+        self._workers = workers
+        self._resources_per_worker = dict(resources_per_worker)
+        self._max_failures = max_failures
+        self._storage_path = storage_path
+        self._grant_wait_s = grant_wait_s
+        self._start_timeout_s = start_timeout_s
+        self._collective_timeout_s = collective_timeout_s
+        self._placement_group = placement_group
+        # Ray Train resumes a name it has seen, from files it does not verify: each start gets a new one.
+        self._ray_name = f"shoal-{name}-{uuid.uuid4().hex[:8]}"
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._controller: Any = None
+        self._num_failures = 0
+
+    @property
+    def is_aborted(self) -> bool:
+        """Whether `abort` was called."""
+        return self._stop.is_set()
+
+    def run(self) -> None:
+        """Run until ``fn`` returned on every worker; returns early, without an error, after `abort`.
+
+        Blocks. Whichever way it ends, no actor and no placement group that it made remains.
+
+        Raises:
+            RequestError: the workers can never fit into this cluster.
+            DeadlineExceeded: no room for the least number of workers; says who holds it.
+            WorkerLost: workers died more than ``max_failures`` times.
+            ClusterError: the cluster does not answer.
+            ShoalError: whatever ``fn`` raised of that kind.
+        """
+        for _ in range(_NUM_GRANTS):
+            granted = self._wait_for_grant()
+            try:
+                if self._stop.is_set() or self._run_group(granted):
+                    return
+            finally:
+                self._clean_up()
+        raise DeadlineExceeded(
+            f"run {self._name}: room for {self._workers} worker(s) was free {_NUM_GRANTS} times and taken by "
+            f"somebody else each time before the workers were there. See `shoal status`, or try again."
+        )
+
+    def abort(self) -> None:
+        """Stop the workers without asking them; safe to call at any time, from any thread, and again.
+
+        Blocks for at most a few seconds. `run` returns once everything is gone.
+        """
+        self._stop.set()
+        with self._lock:
+            controller = self._controller
+        if controller is None:
+            return
+        try:
+            ray.get(controller.abort.remote(), timeout=_ABORT_PATIENCE_S)
+        except (RayActorError, GetTimeoutError):
+            ray.kill(controller)  # gone already, or busy starting workers: they die with it
+
+    def _wait_for_grant(self) -> int:
+        if self._placement_group is not None:
+            return self._workers.min
+        return wait_for_grant(
+            self._workers, self._resources_per_worker, wait_s=self._grant_wait_s, stop=self._stop
+        )
+
+    def _run_group(self, num_workers: int) -> bool:
+        """Run one controller to its end; False when its workers found no room, so a new grant is needed."""
+        error = self._fit(num_workers)
+        if error is None or self._stop.is_set():
+            return True
+        if isinstance(error, RayActorError):  # the controller died: its workers died with it
+            self._num_failures += 1
+            if self._num_failures <= self._max_failures:
+                return False
+            raise WorkerLost(self._lost_message(error)) from error
+        if found_no_room(error):
+            return False
+        if isinstance(error, ControllerError) and not is_worth_a_restart(error):
+            raise ClusterError(f"run {self._name}: Ray Train failed: {error.controller_failure}") from error
+        if isinstance(error, WorkerGroupError):
+            for failure in error.worker_failures.values():
+                if isinstance(failure, ShoalError) and not is_worth_a_restart(error):
+                    raise failure
+        raise WorkerLost(self._lost_message(error)) from error
+
+    def _fit(self, num_workers: int) -> Exception | None:
+        """Start a controller, wait for it, and return how it failed; None when all went well."""
+        trainer = Trainer(
+            self._fn,
+            train_loop_config=self._config,
+            torch_config=ProcessGroup(timeout_s=self._collective_timeout_s),
+            scaling_config=ScalingConfig(
+                num_workers=num_workers,
+                use_gpu=bool(self._resources_per_worker.get("GPU")),
+                resources_per_worker=self._resources_per_worker,
+            ),
+            run_config=RunConfig(
+                name=self._ray_name,
+                storage_path=str(self._storage_path),
+                failure_config=FailureConfig(max_failures=self._max_failures - self._num_failures),
+                logging_config=LoggingConfig(log_level="ERROR"),
+            ),
+            environment={
+                "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(_POLL_S),
+                "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(self._start_timeout_s),
+                # An actor more, for node preemption notices, which no target has yet.
+                "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+                # The controller waits for its workers in an event loop on purpose.
+                "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
+            },
+            lent=self._placement_group,
+            watch=self._watch,
+        )
+        keep_raylet_quiet()
+        failure: Exception | None = None
+        try:
+            trainer.fit()
+        except (WorkerGroupError, ControllerError, RayActorError) as error:
+            failure = error
+        except RayError as error:
+            raise ClusterError(f"run {self._name}: the cluster does not answer: {error}") from error
+        return failure
+
+    def _watch(self, controller: Any) -> Any:
+        with self._lock:
+            self._controller = controller
+        if self._stop.is_set():  # abort() came before there was anything to abort
+            ray.kill(controller)
+        ray.get(controller.run.remote())
+        self._num_failures += ray.get(controller.num_failures.remote())
+        return ray.get(controller.get_result.remote())
+
+    def _clean_up(self) -> None:
+        """Leave no controller, no placement group (one outlives a controller that was killed), no folder."""
+        with self._lock:
+            controller, self._controller = self._controller, None
+        if controller is not None:
+            ray.kill(controller)
+        for group in placement_group_table().values():
+            if group["name"] == self._ray_name and group["state"] != "REMOVED":
+                remove_placement_group(ray.util.get_placement_group(self._ray_name))
+        shutil.rmtree(self._storage_path / self._ray_name, ignore_errors=True)  # Ray Train's own marker file
+
+    def _lost_message(self, error: Exception) -> str:
+        return (
+            f"run {self._name}: its workers failed {self._num_failures} time(s), and {self._max_failures} "
+            f"restart(s) were allowed (`train: retries`). The last committed checkpoint is kept: the run goes on "
+            f"from it when it is started again. Last failure: {error}"
+        )
+
+
+def run_workers(
+    fn: Callable[[dict[str, Any]], None],
+    config: dict[str, Any],
+    *,
+    name: str,
+    num_workers: int,
+    resources_per_worker: Resources,
+    max_failures: int,
+    storage_path: Path,
+) -> None:
+    """`Workers.run` on exactly ``num_workers`` workers, for callers that never abort."""
+    Workers(
+        fn,
+        config,
+        name=name,
+        workers=Range(num_workers, num_workers),
+        resources_per_worker=resources_per_worker,
+        max_failures=max_failures,
+        storage_path=storage_path,
+    ).run()
