@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +16,15 @@ from torch import nn
 
 import shoal
 from shoal.errors import StorageError
-from shoal.storage import Storage
+from shoal.storage import Storage, verify
 from shoal.tracking import RunRecord, RunState
-from shoal.train import checkpoints
+from shoal.train import checkpoints, engine
 from shoal.train.engine import train_worker
 from shoal.train.group import Group
+from shoal.train.run import Run
 from shoal.train.spec import RunSpec
 from toy import Toy
+from waiting import DEADLINE_S
 
 
 def spec_of(tmp_path: Path, recipe: shoal.Recipe | None = None, **changes: Any) -> RunSpec:
@@ -249,6 +253,62 @@ def test_a_damaged_newest_checkpoint_never_pushes_out_what_verifies(tmp_path: Pa
     record = train(spec_of(tmp_path, Toy(eval_every=60), target_steps=60, keep=1))
     kept = {checkpoints.step_of(path) for path in record.checkpoints_dir.glob("step-*")}
     assert 60 in kept
+
+
+class Flat(Toy):
+    """Never better than at its first look."""
+
+    def metrics(self, model: nn.Module, batch: Any) -> dict[str, Any]:
+        return {"accuracy": 0.5}
+
+
+def test_a_best_checkpoint_that_was_damaged_is_no_longer_the_best(tmp_path: Path) -> None:
+    record = train(spec_of(tmp_path, Flat(), target_steps=20))
+    weights = checkpoints.checkpoint_path(record.checkpoints_dir, 20) / checkpoints.MODEL_FILE
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    record = train(spec_of(tmp_path, Flat()))
+    assert [event["path"] for event in record.events(("rejected",))] == ["checkpoints/step-0000000020"]
+    verify(Run(record).best_checkpoint())
+
+
+def test_a_checkpoint_whose_line_was_lost_with_its_process_is_found(tmp_path: Path) -> None:
+    record = train(spec_of(tmp_path))
+    lines = record.journal_path.read_text().splitlines(keepends=True)
+    record.journal_path.write_text(
+        "".join(line for line in lines if json.loads(line)["kind"] not in ("checkpoint", "end"))
+    )
+    record = train(spec_of(tmp_path))
+    assert record.state() == RunState.FINISHED
+    assert Run(record).best_checkpoint().name == "step-0000000060"
+    (line,) = record.events(("checkpoint",))
+    assert line["values"] == record.last_eval("val")
+
+
+def test_peers_hear_from_the_first_while_its_disk_is_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They wait in a collective, and no collective may take as long as a disk may."""
+    told, written = [], threading.Event()
+
+    class Telling(Group):
+        def share(self, value: Any) -> Any:
+            if value is False:
+                told.append(value)
+                if len(told) >= 3:
+                    written.set()
+            return value
+
+    def slowly(directory: Path, snap: checkpoints.Snapshot) -> int:
+        written.wait(DEADLINE_S)
+        return write(directory, snap)
+
+    write = checkpoints.write_snapshot
+    monkeypatch.setattr(checkpoints, "write_snapshot", slowly)
+    monkeypatch.setattr(engine, "WRITE_SLICE_S", 0.01)
+    spec = spec_of(tmp_path, Toy(eval_every=60))
+    train_worker(spec, Telling(0, 1, torch.device("cpu")))
+    assert len(told) >= 3
+    assert RunRecord(spec.storage, spec.name).state() == RunState.FINISHED
 
 
 def test_backward_twice_for_one_batch_is_refused(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import pytest
 
 from shoal.config import Range
 from shoal.errors import DeadlineExceeded, RecipeError, RequestError, WorkerLost
+from shoal.train.group import PeerLost
 from waiting import DEADLINE_S, wait_until
 
 if TYPE_CHECKING:
@@ -132,6 +133,10 @@ def test_a_dead_worker_is_worth_a_restart_until_they_are_used_up() -> None:
 
 def test_a_survivor_that_lost_its_peer_is_worth_a_restart() -> None:
     assert decisions(1, on_workers(r0=RuntimeError("connection closed by peer"))) == ["RETRY"]
+
+
+def test_a_peer_that_hangs_is_worth_a_restart() -> None:
+    assert decisions(1, on_workers(r0=PeerLost("a worker stopped answering"))) == ["RETRY"]
 
 
 def test_an_error_with_a_meaning_is_not_tried_again() -> None:

@@ -221,8 +221,16 @@ class RunRecord:
 
     def best_checkpoint(self, metric: str, mode: str) -> Event | None:
         """The ``checkpoint`` line with the best ``metric`` of those that still exist (not verified here)."""
-        lines = (event for event in self.iter_events(("checkpoint",)) if (self.dir / event["path"]).is_dir())
-        return best_by(lines, metric, mode)
+        return best_by(self.checkpoints(), metric, mode)
+
+    def checkpoints(self) -> list[Event]:
+        """The ``checkpoint`` lines of those that still exist and were not found damaged since, oldest first."""
+        found: dict[str, Event] = {}
+        for event in self.iter_events(("checkpoint", "rejected")):
+            found.pop(event["path"], None)  # committed anew, it counts from there
+            if event["kind"] == "checkpoint":
+                found[event["path"]] = event
+        return [event for path, event in found.items() if (self.dir / path).is_dir()]
 
     # Stopping
 

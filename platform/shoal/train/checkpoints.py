@@ -123,6 +123,16 @@ def read_checkpoint(directory: Path) -> Loaded:
         raise CorruptError(f"{directory} is not a checkpoint of shoal: {err!r}") from err
 
 
+def measured_at(directory: Path) -> dict[str, float]:
+    """The validation metrics that were measured at a checkpoint's step, if any were.
+
+    Raises:
+        CorruptError, NotFoundError: it has no readable ``state.json``.
+    """
+    values: dict[str, float] = read_json(directory / STATE_FILE).get("values", {})
+    return values
+
+
 def checkpoint_path(parent: Path, step: int) -> Path:
     """Where the checkpoint of a step lives; names sort by step."""
     return parent / f"step-{step:010d}"
@@ -200,11 +210,16 @@ class CheckpointWriter:
         if self._failure is not None:
             raise self._failure
 
-    def join(self) -> None:
-        """Wait until nothing is being written; errors are left to `close`."""
+    @property
+    def is_writing(self) -> bool:
+        """Whether a snapshot is on its way to the disk."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Wait until nothing is being written, for at most ``timeout_s``; True then. Errors are left to `close`."""
         if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+            self._thread.join(timeout_s)
+        return not self.is_writing
 
     def _write(self, snap: Snapshot) -> None:
         started = time.monotonic()

@@ -30,7 +30,9 @@ from shoal.train.checkpoints import (
     Loaded,
     Snapshot,
     find_checkpoint,
+    measured_at,
     read_checkpoint,
+    step_of,
     take_snapshot,
 )
 from shoal.train.fingerprint import fingerprint
@@ -44,6 +46,8 @@ LOCK_TIMEOUT_S = 20.0
 """How long a new rank 0 waits for the one before it to be gone for certain."""
 STOP_POLL_S = 0.25
 """How often rank 0 looks whether someone asked the run to stop."""
+WRITE_SLICE_S = 5.0
+"""How long rank 0 waits for a checkpoint to be written before it tells its peers that it still does."""
 NUM_METRIC_LINES = 200
 """About how many lines of training metrics a run writes."""
 MAX_METRIC_GAP_S = 2.0
@@ -179,6 +183,8 @@ class _Keeper:
         path: Path | None = None
         if self._group.is_first:
             path = find_checkpoint(self._record.checkpoints_dir, self._rejected)
+            if path is not None:
+                self._record_if_missing(path)
         path, self._best = self._group.share((path, self._best_recorded()))
         if path is not None:
             loaded = read_checkpoint(path)
@@ -199,7 +205,7 @@ class _Keeper:
         return "fresh"
 
     def wants_checkpoint(self) -> bool:
-        if self._writer is None:
+        if self._writer is None or self._writer.is_writing:
             return False
         return time.monotonic() - self._last_checkpoint >= self._spec.checkpoint_every_s
 
@@ -219,9 +225,9 @@ class _Keeper:
         is_best = self._is_new_best(values)
         if checkpoint or stop or is_last or is_best or (values and self._spec.checkpoint_at_eval):
             self._save(session, values)
+        if values and self._spec.checkpoint_at_eval:
+            self._wait_written()  # whoever is told may copy it
         if values and self._group.is_first and self._on_eval is not None:
-            if self._spec.checkpoint_at_eval and self._writer is not None:
-                self._writer.join()  # whoever is told may copy it
             self._on_eval(session.steps_done, values)  # last: it may take its time, or raise
         return is_last or stop
 
@@ -233,6 +239,7 @@ class _Keeper:
                 self._record.append("eval", step=session.steps_done, split="test", values=test)
         if session.steps_done != self._saved_step:
             self._save(session, {})  # a loop of the user's own that left early
+        self._wait_written()
         if self._writer is not None:
             self._writer.close()
             state = "finished" if session.steps_done >= self._spec.target_steps else "stopped"
@@ -294,6 +301,7 @@ class _Keeper:
         if session.steps_done == self._saved_step:
             return
         self._saved_step = session.steps_done
+        self._wait_written()
         random_states = self._group.gather(capture_random_state())
         if self._writer is not None:
             self._writer.submit(
@@ -308,6 +316,14 @@ class _Keeper:
                 )
             )
             self._last_checkpoint = time.monotonic()
+
+    def _wait_written(self) -> None:
+        """Wait on every rank until nothing is being written.
+
+        In slices: a disk may need longer for a checkpoint than a rank waits for its peers in one collective.
+        """
+        while not self._group.share(self._writer is None or self._writer.join(timeout_s=WRITE_SLICE_S)):
+            pass
 
     def _write_metrics(self, session: Session, *, force: bool) -> None:
         if not self._group.is_first:
@@ -340,6 +356,22 @@ class _Keeper:
             seconds=seconds,
             values=snap.values,
         )
+
+    def _record_if_missing(self, checkpoint: Path) -> None:
+        """The line of a checkpoint that was committed by a process that died before it could write it."""
+        source = self._spec.source
+        if source is not None and step_of(checkpoint) == source.step:
+            return  # a copy of another run's
+        path = str(checkpoint.relative_to(self._record.dir))
+        if all(event["path"] != path for event in self._record.checkpoints()):
+            self._record.append(
+                "checkpoint",
+                step=step_of(checkpoint),
+                path=path,
+                size_bytes=sum(file.stat().st_size for file in checkpoint.iterdir()),
+                seconds=0.0,
+                values=measured_at(checkpoint),
+            )
 
     def _not_committed(self, snap: Snapshot, err: ShoalError) -> None:
         self._warn(

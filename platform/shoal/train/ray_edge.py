@@ -48,6 +48,7 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from shoal.capacity import Resources
 from shoal.cluster.warm import add_warm_processes
 from shoal.errors import ShoalError
+from shoal.train.group import PeerLost
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +171,10 @@ def is_worth_a_restart(error: Exception) -> bool:
         for failure in failures
     ):
         return True
-    return not any(isinstance(failure, ShoalError) for failure in failures)
+    # A lost peer is no verdict on the run: one that hangs is noticed by the others, whose collective ends.
+    return not any(
+        isinstance(failure, ShoalError) and not isinstance(failure, PeerLost) for failure in failures
+    )
 
 
 def found_no_room(error: Exception) -> bool:

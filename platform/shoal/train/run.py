@@ -104,11 +104,9 @@ class Run:
         """
         objective = self.objective
         best = self._record.best_checkpoint(objective.metric, objective.mode) if objective else None
-        events = [best] if best else self._record.events(("checkpoint",))[::-1]
-        for event in events:
-            path: Path = self._record.dir / event["path"]
-            if path.is_dir():
-                return path
+        chosen = [best] if best else self._record.checkpoints()[-1:]
+        if chosen:
+            return Path(self._record.dir / chosen[0]["path"])
         raise NotFoundError(
             f"run {self.name!r} has no checkpoint yet (state: {self.state}, step {self.step}); "
             "let it run until its first commit, then register it"
