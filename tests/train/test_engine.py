@@ -57,20 +57,21 @@ def test_a_run_records_what_happened_and_learns(tmp_path: Path) -> None:
     assert [event["kind"] for event in record.events(("start", "end"))] == ["start", "end"]
 
 
+class Declining(Toy):
+    """Best at the first look, by decree."""
+
+    def metrics(self, model: nn.Module, batch: Any) -> dict[str, Any]:
+        return {"accuracy": -float(model[0].weight.abs().sum())}
+
+    def train(self, session: shoal.Session) -> None:
+        for batch in session.batches():
+            session.backward(session.loss(batch))
+            with torch.no_grad():
+                session.model[0].weight *= 1.05
+            session.step()
+
+
 def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path: Path) -> None:
-    class Declining(Toy):
-        """Best at the first look, by decree."""
-
-        def metrics(self, model: nn.Module, batch: Any) -> dict[str, Any]:
-            return {"accuracy": -float(model[0].weight.abs().sum())}
-
-        def train(self, session: shoal.Session) -> None:
-            for batch in session.batches():
-                session.backward(session.loss(batch))
-                with torch.no_grad():
-                    session.model[0].weight *= 1.05
-                session.step()
-
     record = train(spec_of(tmp_path, Declining(eval_every=5), keep=1, checkpoint_every_s=0.001))
     steps = sorted(checkpoints.step_of(path) for path in record.checkpoints_dir.glob("step-*"))
     assert steps == [5, 60]
@@ -255,18 +256,11 @@ def test_a_damaged_newest_checkpoint_never_pushes_out_what_verifies(tmp_path: Pa
     assert 60 in kept
 
 
-class Flat(Toy):
-    """Never better than at its first look."""
-
-    def metrics(self, model: nn.Module, batch: Any) -> dict[str, Any]:
-        return {"accuracy": 0.5}
-
-
 def test_a_best_checkpoint_that_was_damaged_is_no_longer_the_best(tmp_path: Path) -> None:
-    record = train(spec_of(tmp_path, Flat(), target_steps=20))
+    record = train(spec_of(tmp_path, Declining(), target_steps=20))
     weights = checkpoints.checkpoint_path(record.checkpoints_dir, 20) / checkpoints.MODEL_FILE
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-    record = train(spec_of(tmp_path, Flat()))
+    record = train(spec_of(tmp_path, Declining()))
     assert [event["path"] for event in record.events(("rejected",))] == ["checkpoints/step-0000000020"]
     verify(Run(record).best_checkpoint())
 
