@@ -257,7 +257,9 @@ def test_a_damaged_newest_checkpoint_never_pushes_out_what_verifies(tmp_path: Pa
 
 
 def test_a_best_checkpoint_that_was_damaged_is_no_longer_the_best(tmp_path: Path) -> None:
-    record = train(spec_of(tmp_path, Declining(), target_steps=20))
+    spec = spec_of(tmp_path, Declining(), target_steps=20)
+    RunRecord(spec.storage, spec.name).claim_identity(spec.identity())
+    record = train(spec)
     weights = checkpoints.checkpoint_path(record.checkpoints_dir, 20) / checkpoints.MODEL_FILE
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
     record = train(spec_of(tmp_path, Declining()))
