@@ -11,7 +11,15 @@ import threading
 
 import pytest
 
-from shoal.errors import CorruptError, IdentityError, NotFoundError, RequestError
+from shoal.errors import (
+    CorruptError,
+    IdentityError,
+    InternalError,
+    NotFoundError,
+    RecipeError,
+    RequestError,
+    WorkerLost,
+)
 from shoal.storage import FileLock, Storage
 from shoal.tracking import RunRecord, RunState, list_runs
 
@@ -97,6 +105,40 @@ def test_lines_carry_time_and_attempt_also_those_of_another_process(record, stor
     ]
     assert [event["t"] for event in record.events(["start"])] == [100.0, 102.0]
     assert (driver.attempt, driver.step, driver.target_steps) == (2, 1, 12)
+
+
+def _raised(error, *, cause=None):
+    try:
+        raise error from cause
+    except type(error) as err:
+        return err
+
+
+@pytest.mark.parametrize(
+    ("failure", "error", "kind", "has_traceback"),
+    [
+        (None, "", "", False),
+        (KeyError("x"), "KeyError: 'x'", "RecipeError", True),
+        (RecipeError("no loss"), "no loss", "RecipeError", False),
+        (_raised(RecipeError("bad"), cause=ValueError("deep")), "bad", "RecipeError", True),
+        (_raised(WorkerLost("gone"), cause=ValueError("deep")), "gone", "WorkerLost", False),
+    ],
+)
+def test_the_last_line_says_why(record, failure, error, kind, has_traceback):
+    record.append_end(RunState.FAILED, step=3, failure=failure, unknown=RecipeError)
+    (end,) = record.events(("end",))
+    assert (end["step"], end["state"], end["error"], end["error_type"]) == (3, "failed", error, kind)
+    assert bool(end["traceback"]) == has_traceback
+
+
+def test_a_failure_outside_the_recipe_is_a_bug(record):
+    record.append_end(RunState.FAILED, step=0, failure=KeyError("x"))
+    assert record.events(("end",))[0]["error_type"] == "InternalError"
+
+
+def test_only_an_end_ends(record):
+    with pytest.raises(InternalError, match="running"):
+        record.append_end(RunState.RUNNING, step=0)
 
 
 def test_state_watches_the_lock(record):

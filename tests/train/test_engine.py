@@ -228,7 +228,7 @@ def test_init_from_starts_from_another_models_weights(tmp_path: Path) -> None:
 
 
 def test_two_attempts_never_train_one_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from shoal.errors import ClusterError
+    from shoal.errors import RequestError
     from shoal.storage import FileLock
     from shoal.train import engine
 
@@ -237,7 +237,7 @@ def test_two_attempts_never_train_one_run_at_once(tmp_path: Path, monkeypatch: p
     lock = FileLock(RunRecord(spec.storage, spec.name).lock_path)
     lock.path.parent.mkdir(parents=True)
     lock.acquire()
-    with pytest.raises(ClusterError, match="already being trained"):
+    with pytest.raises(RequestError, match="being trained already"):
         train(spec)
     lock.release()
     assert train(spec).state() == RunState.FINISHED

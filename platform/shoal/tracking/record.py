@@ -8,12 +8,21 @@ import logging
 import re
 import threading
 import time
+import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.errors import CorruptError, IdentityError, NotFoundError, RequestError
+from shoal.errors import (
+    CorruptError,
+    EnvironmentFailure,
+    IdentityError,
+    InternalError,
+    NotFoundError,
+    RequestError,
+    ShoalError,
+)
 from shoal.storage import FileLock, Storage, append_line, create_json, read_json
 from shoal.tracking.journal import (
     Event,
@@ -122,6 +131,35 @@ class RunRecord:
         attempt = max(1, self._catch_up().attempt + (kind == "start"))
         line = encode(kind, t=self._clock(), attempt=attempt, fields=fields)
         append_line(self.journal_path, line)
+
+    def append_end(
+        self,
+        state: RunState,
+        *,
+        step: int,
+        failure: BaseException | None = None,
+        unknown: type[ShoalError] = InternalError,
+    ) -> None:
+        """Write an attempt's last line: how it ended, and of one that ``failed`` why.
+
+        ``unknown`` is what a failure counts as that is not of `shoal.errors`: a `RecipeError` where the recipe's
+        code runs.
+
+        Raises:
+            StorageError: it cannot be written.
+            InternalError: a state that ends nothing.
+        """
+        error, kind, text = "", "", ""
+        if isinstance(failure, ShoalError):
+            error, kind = str(failure), type(failure).__name__
+        elif failure is not None:
+            error, kind = f"{type(failure).__name__}: {failure}", unknown.__name__
+        says_all = isinstance(failure, EnvironmentFailure) or (
+            isinstance(failure, ShoalError) and failure.__cause__ is None
+        )
+        if failure is not None and not says_all:
+            text = "".join(traceback.format_exception(failure))
+        self.append("end", step=step, state=state, error=error, error_type=kind, traceback=text)
 
     def events(self, kinds: Collection[str] | None = None, *, since: int = 0) -> list[Event]:
         """Every line of the journal from byte ``since``, or those of the given kinds; empty if there is none.
@@ -265,6 +303,14 @@ def check_run_name(name: str) -> str:
             "beginning with a letter or a digit"
         )
     return name
+
+
+def being_trained(name: str, *, by: str = "") -> RequestError:
+    """The error for a run that somebody trains already; ``by`` says who, where that is known."""
+    return RequestError(
+        f"run {name!r} is being trained already{f' ({by})' if by else ''}; follow it with `shoal logs {name} -f`, "
+        f"stop it with `shoal stop {name}`, or choose another name"
+    )
 
 
 def list_runs(storage: Storage) -> list[RunRecord]:

@@ -6,7 +6,6 @@ import os
 import platform
 import socket
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,17 @@ from typing import Any
 import torch
 
 from shoal.errors import (
-    ClusterError,
     DeadlineExceeded,
     EnvironmentFailure,
     IdentityError,
+    PeerLost,
     RecipeError,
     ShoalError,
 )
 from shoal.models import load_tensors
 from shoal.recipe import Datasets, recipe_ref
 from shoal.storage import FileLock, create_json, read_json, verify
-from shoal.tracking import RunRecord
+from shoal.tracking import RunRecord, RunState, being_trained
 from shoal.train.checkpoints import (
     CheckpointWriter,
     Loaded,
@@ -34,7 +33,7 @@ from shoal.train.checkpoints import (
     take_snapshot,
 )
 from shoal.train.fingerprint import fingerprint
-from shoal.train.group import Group, PeerLost
+from shoal.train.group import Group
 from shoal.train.inherit import under_new_fields
 from shoal.train.seeds import capture_random_state, derive_seed, restore_random_state, seed_everything
 from shoal.train.session import Session
@@ -61,6 +60,7 @@ def train_worker(spec: RunSpec, group: Group, *, on_eval: EvalListener | None = 
     asks to be started again. The record's last line tells how it ended.
 
     Raises:
+        RequestError: the run is being trained already.
         EnvironmentFailure: the machines failed (a lost peer, full storage); starting again may help.
     """
     record = RunRecord(spec.storage, spec.name)
@@ -77,14 +77,7 @@ def train_worker(spec: RunSpec, group: Group, *, on_eval: EvalListener | None = 
             raise
         except Exception as err:
             # BaseExceptions (Ray's SystemExit on kill) pass: they are not the recipe's.
-            record.append(
-                "end",
-                step=record.step,
-                state="failed",
-                error=_describe(err),
-                error_type=type(err).__name__ if isinstance(err, ShoalError) else "RecipeError",
-                traceback=_traceback(err),
-            )
+            record.append_end(RunState.FAILED, step=record.step, failure=err, unknown=RecipeError)
             group.leave()
 
 
@@ -139,10 +132,7 @@ class _HeldRun:
             try:
                 self._lock.acquire(timeout_s=LOCK_TIMEOUT_S)
             except DeadlineExceeded as err:
-                problem = ClusterError(
-                    f"run {self._record.name!r} is already being trained ({err}); wait for it, follow it with "
-                    f"`shoal logs {self._record.name} -f`, or stop it with `shoal stop {self._record.name}`"
-                )
+                problem = being_trained(self._record.name, by=str(err))
         problem = self._group.share(problem)
         if problem is not None:
             raise problem
@@ -235,8 +225,9 @@ class _Keeper:
             self._save(session, {})  # a loop of the user's own that left early
         if self._writer is not None:
             self._writer.close()
-            state = "finished" if session.steps_done >= self._spec.target_steps else "stopped"
-            self._record.append("end", step=session.steps_done, state=state, error="", traceback="")
+            is_done = session.steps_done >= self._spec.target_steps
+            state = RunState.FINISHED if is_done else RunState.STOPPED
+            self._record.append_end(state, step=session.steps_done)
         self._group.share(None)  # nobody leaves before the last line is written
 
     def close(self) -> None:
@@ -412,13 +403,3 @@ def _has_ended(record: RunRecord, begin: int, *, timeout_s: float = 2.0) -> bool
         if time.monotonic() >= deadline:
             return False
         time.sleep(0.05)
-
-
-def _describe(err: Exception) -> str:
-    return str(err) if isinstance(err, ShoalError) else f"{type(err).__name__}: {err}"
-
-
-def _traceback(err: Exception) -> str:
-    return (
-        "" if isinstance(err, ShoalError) and not err.__cause__ else "".join(traceback.format_exception(err))
-    )

@@ -12,14 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shoal.errors import EnvironmentFailure
+from shoal.errors import PeerLost
 
 COLLECTIVE_TIMEOUT_S = 120.0
 """How long a collective waits for the slowest rank before it fails; torch's own default is 30 minutes."""
-
-
-class PeerLost(EnvironmentFailure):
-    """A collective failed: another worker died, hangs, or left because of an error of its own."""
 
 
 @dataclass(frozen=True)

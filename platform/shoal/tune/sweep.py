@@ -259,9 +259,9 @@ def start_sweep(
             are when one dies.
 
     Raises:
-        RequestError: a search that is impossible as asked; nothing was started.
+        RequestError: a search that is impossible as asked, or that is being run already; nothing was started.
         IdentityError: the name belongs to another search.
-        ClusterError: the cluster does not answer, or another process drives this very sweep.
+        ClusterError: the cluster does not answer.
     """
     resources = (
         {"CPU": cpus_per_worker, "GPU": gpus_per_worker} if gpus_per_worker else {"CPU": cpus_per_worker}
@@ -422,7 +422,10 @@ def _take_lock(record: SweepRecord) -> None:
     try:
         record.lock.acquire()
     except DeadlineExceeded as err:
-        raise ClusterError(f"sweep {record.name!r} is already being run by another process ({err})") from err
+        raise RequestError(
+            f"sweep {record.name!r} is being run already ({err}); stop it with `shoal stop {record.name}`, "
+            "or choose another name"
+        ) from None
 
 
 def _plan(
