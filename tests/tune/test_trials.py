@@ -257,6 +257,17 @@ def test_a_sweep_is_read_without_a_cluster(storage: Storage) -> None:
         open_sweep(storage, "other")
 
 
+def test_a_sweep_that_another_process_drives_is_stopped_by_its_name(storage: Storage) -> None:
+    trials = make_trials(storage)
+    sweep = open_sweep(storage, "s")
+    assert not sweep.is_active
+    with SweepRecord(storage, "s").lock:
+        assert sweep.is_active
+        sweep.stop()
+    assert trials.is_stopping
+    assert trials.next() is None
+
+
 def test_importing_the_room_is_light() -> None:
     import subprocess
     import sys

@@ -149,7 +149,7 @@ class Run:
 
     def _wait(self, report: Reporter, timeout_s: float | None) -> None:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while self.is_active():
+        while self.is_active:
             report.update()
             if deadline is not None and time.monotonic() >= deadline:
                 raise DeadlineExceeded(
@@ -159,6 +159,7 @@ class Run:
             time.sleep(POLL_S)
         report.update()
 
+    @property
     def is_active(self) -> bool:
         """True while somebody works on the run."""
         if self._driver is not None:

@@ -73,8 +73,8 @@ class Sweep:
 
     @property
     def is_active(self) -> bool:
-        """Whether this process still works on it."""
-        return self._driver is not None and self._driver.is_alive()
+        """True while somebody works on the sweep, in this process or in another."""
+        return (self._driver is not None and self._driver.is_alive()) or self._record.lock.is_held()
 
     @property
     def best(self) -> Trial:
@@ -100,10 +100,12 @@ class Sweep:
     def stop(self) -> None:
         """Start no more trials, and let those that run commit and stop. Does not block; safe to repeat.
 
-        The same command goes on with the sweep.
+        Wherever the sweep is driven. The same command goes on with it.
         """
-        if self._driver is not None:
+        if self._driver is not None and self._driver.is_alive():
             self._driver.trials.stop()
+        else:
+            self._record.mark_stop()
 
     def wait(self, *, timeout_s: float | None = None, progress: bool = True) -> Sweep:
         """Block until every trial is done, showing a table of them; returns the sweep.
