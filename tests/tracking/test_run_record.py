@@ -223,6 +223,24 @@ def test_a_stop_is_asked_for_until_it_is_cleared(record, storage):
     assert not record.stop_requested()
 
 
+def test_a_run_exists_once_it_has_an_identity(record, storage):
+    assert not RunRecord.exists(storage, "digits-1")
+    record.append("warning", message="no identity")
+    assert not RunRecord.exists(storage, "digits-1")
+    record.claim_identity(IDENTITY)
+    assert RunRecord.exists(storage, "digits-1")
+    assert not RunRecord.exists(storage, "../runs/digits-1")
+
+
+def test_a_run_says_which_trial_it_is(record):
+    assert record.trial() is None
+    record.claim_trial("search", 7)
+    assert record.trial() == ("search", 7)
+    (record.dir / "trial.json").write_text('{"sweep": "search"}')
+    with pytest.raises(CorruptError, match=r"trial\.json"):
+        record.trial()
+
+
 def test_list_runs_has_those_with_an_identity_newest_first(storage):
     assert list_runs(storage) == []
     for age, name in enumerate(("b", "c", "a")):

@@ -196,6 +196,14 @@ def test_a_name_belongs_to_one_search(storage: Storage) -> None:
         record.claim({**IDENTITY, "seed": 3})
 
 
+def test_a_sweep_exists_once_it_is_claimed(storage: Storage) -> None:
+    assert not SweepRecord.exists(storage, "s")
+    make_trials(storage)
+    assert SweepRecord.exists(storage, "s")
+    assert not SweepRecord.exists(storage, "s" * 76)
+    assert not SweepRecord.exists(storage, "../s")
+
+
 def test_a_name_must_leave_room_for_its_runs(storage: Storage) -> None:
     SweepRecord(storage, "s" * 75)
     with pytest.raises(RequestError, match="cannot name a run"):

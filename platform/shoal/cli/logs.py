@@ -42,9 +42,10 @@ def logs(
     They are kept on storage: they can be read when the run has ended and when the cluster is gone.
     """
     from shoal.cli.place import storage
+    from shoal.tracking import RunRecord
 
     place = storage()
-    if (place.run_dir(name) / "identity.json").exists():
+    if RunRecord.exists(place, name):
         _show_run(place, name, rank, follow)
     else:
         _show_app(place, name, follow)

@@ -32,12 +32,13 @@ def stop(name: Annotated[str, typer.Argument(metavar="NAME", help="A run or a sw
     """
     from shoal.api import find_run
     from shoal.cli.place import storage
-    from shoal.tune import open_sweep
+    from shoal.tracking import RunRecord
+    from shoal.tune import SweepRecord, open_sweep
 
     place = storage()
-    if (place.sweep_dir(name) / "sweep.json").exists():
+    if SweepRecord.exists(place, name):
         _stop_sweep(open_sweep(place, name))
-    elif (place.run_dir(name) / "identity.json").exists():
+    elif RunRecord.exists(place, name):
         _stop_run(find_run(place, name))
     else:
         _refuse(place, name)
