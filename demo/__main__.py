@@ -125,7 +125,7 @@ def tell(story: Story, cluster: shoal.Cluster) -> None:
 def train_and_kill(story: Story, cluster: shoal.Cluster, recipe: Digits, name: str) -> shoal.Run:
     """Train, kill one worker half way, and note what it cost."""
     run = cluster.train(recipe, workers=2, steps=STEPS, checkpoint_every=0.5, name=name)
-    wait_until(lambda: run.step >= STEPS // 2 or not run.is_active(), f"run {name} to be half way")
+    wait_until(lambda: run.step >= STEPS // 2 or not run.is_active, f"run {name} to be half way")
     victim, killed_at, killed = run.pids[1], run.step, time.time()
     os.kill(victim, signal.SIGKILL)
     story.console.print(f"         kill -9 {victim} (rank 1) at step {killed_at:,}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -43,6 +44,20 @@ def imports_of(file: Path) -> Iterator[tuple[str, int, bool]]:
         for name in names:
             if name.startswith("shoal.") and not name.startswith("shoal.__"):
                 yield name.split(".")[1], node.lineno, id(node) in typing_only
+
+
+PRIVATE = re.compile(r"\bray\.(?:\w+\.)*(?:_private|_internal|_raylet|core\.generated)\b")
+# It is loaded by Serve's controller and replaces a private function there; it must load nothing of ours.
+MAY_NAME_PRIVATE_PARTS = {"cluster/serve_guard.py"}
+
+
+def test_only_the_edges_name_private_parts_of_ray() -> None:
+    found = {
+        str(file.relative_to(PACKAGE))
+        for file in PACKAGE.rglob("*.py")
+        if file.name != "ray_edge.py" and PRIVATE.search(file.read_text())
+    }
+    assert found == MAY_NAME_PRIVATE_PARTS
 
 
 def test_every_file_lives_in_a_room_that_has_a_place_in_the_order() -> None:

@@ -24,7 +24,7 @@ from shoal.cluster.info import read_record
 from shoal.cluster.lifecycle import plan_start, up_plan
 from shoal.cluster.warm import add_warm_processes
 from shoal.config import ClusterConfig, Range, load
-from shoal.errors import ClusterError, ConfigError, NotFoundError, Problem, RequestError
+from shoal.errors import ConfigError, NotFoundError, Problem, RequestError
 from shoal.recipe import Recipe
 from shoal.storage import Storage
 from shoal.tracking import (
@@ -67,6 +67,7 @@ def connect(project: Path | str | None = None) -> Cluster:
     Raises:
         ConfigError: there is no ``cluster.yaml``, or it has problems; or its storage or tracking is not what the
             running cluster was started with.
+        RequestError: none runs, and the file's target is not ``local``.
         ClusterError: the cluster does not start or answer.
     """
     info = clusters.this_cluster()
@@ -98,7 +99,7 @@ def _project_folder(project: Path | str | None) -> Path:
 
 def _start(config: ClusterConfig, folder: Path) -> ClusterInfo:
     if config.target != "local":
-        raise ClusterError(
+        raise RequestError(
             f"no cluster of {folder} is running, and connect() starts one only on target 'local' "
             f"(the file says {config.target!r}). Start it: shoal up"
         )

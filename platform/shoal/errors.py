@@ -13,6 +13,7 @@
     │   ├── CorruptError        files that do not match their recorded hashes
     │   ├── TrackingError       tracking that does not answer where it is needed
     │   ├── WorkerLost          workers died more often than we retry
+    │   ├── PeerLost            a worker waited in vain for another of its run
     │   └── DeadlineExceeded    a wait that ran out; says what it waited for
     └── InternalError           a bug in shoal; please report it
 
@@ -127,9 +128,27 @@ class WorkerLost(EnvironmentFailure):
     """Workers died more often than the run retries; the last committed checkpoint is kept."""
 
 
+class PeerLost(EnvironmentFailure):
+    """A collective failed: another worker died, hangs, or left because of an error of its own."""
+
+
 class DeadlineExceeded(EnvironmentFailure):
     """A wait ran out of time; the message says what it waited for and what it saw last."""
 
 
 class InternalError(ShoalError):
     """A bug in shoal."""
+
+
+def from_name(kind: str, message: str, *, traceback_text: str = "") -> ShoalError:
+    """The error of this tree that a record names; an `InternalError` when it names none.
+
+    ``traceback_text`` is kept by a `RecipeError` only. A `ConfigError` comes back as the `RequestError` that it
+    is: its problems were not recorded one by one.
+    """
+    found = globals().get(kind)
+    if not (isinstance(found, type) and issubclass(found, ShoalError)):
+        return InternalError(message)
+    if issubclass(found, RecipeError):
+        return found(message, traceback_text=traceback_text)
+    return RequestError(message) if issubclass(found, ConfigError) else found(message)

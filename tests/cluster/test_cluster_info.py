@@ -73,7 +73,7 @@ def test_differences_name_the_field_and_both_values(info: ClusterInfo) -> None:
     wanted = {"name": "t", "serve": {"port": 9000, "replicas": "1..3"}, "tracking": "http://x"}
     assert cluster_info.differences(info, wanted) == [
         "serve.port: running 0, file 9000",
-        'tracking: running (absent), file "http://x"',
+        'tracking: running nothing, file "http://x"',
     ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import importlib.metadata
 import inspect
 import os
@@ -13,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from shoal.cluster import haproxy_launch, ports, ray_edge, serve_guard
-from shoal.cluster.warm import WARM_ENVIRONMENT
 
 RUN_DIR = Path("/tmp/shoal-0/01234567")
 PORTS = ports.plan(20_000, serve_port=0)
@@ -62,7 +63,7 @@ def test_ray_reads_the_other_settings(name: str, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [*WARM_ENVIRONMENT, ray_edge.WORKER_NICENESS, "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"]
+    "name", [*ray_edge.WARM_ENVIRONMENT, ray_edge.WORKER_NICENESS, "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"]
 )
 def test_rays_binaries_read_the_settings_that_no_python_reads(name: str) -> None:
     assert name.removeprefix("RAY_").encode() in (SITE / "core/src/ray/raylet/raylet").read_bytes()
@@ -149,6 +150,38 @@ def test_what_torch_imports_late_is_preloaded() -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.split() == ["True", "True"], done.stderr
     assert "shoal.cluster.preload" in CLUSTER[ray_edge.PRELOAD].split(",")
+
+
+def preloaded() -> tuple[str, ...]:
+    """What waiting workers import; read from the text, because importing the module does it."""
+    tree = ast.parse(Path(ray_edge.__file__).with_name("preload.py").read_text())
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MODULES":
+            modules: tuple[str, ...] = ast.literal_eval(node.value)
+            return modules
+    raise AssertionError("preload.py has no MODULES")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", preloaded())
+def test_what_is_preloaded_can_be_imported(name: str) -> None:
+    assert importlib.import_module(name).__name__ == name
+
+
+def test_the_call_that_starts_processes_ahead_is_still_there() -> None:
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated import common_pb2, node_manager_pb2, node_manager_pb2_grpc
+
+    fields = set(node_manager_pb2.PrestartWorkersRequest.DESCRIPTOR.fields_by_name)
+    needed = {"language", "num_workers", "keep_alive_duration_secs", "runtime_env_info"}
+    assert needed <= fields, f"PrestartWorkersRequest has {sorted(fields)}; cluster/ray_edge.py uses {needed}"
+    assert (
+        "serialized_runtime_env"
+        in node_manager_pb2.PrestartWorkersRequest().runtime_env_info.DESCRIPTOR.fields_by_name
+    )
+    assert common_pb2.Language.Value("PYTHON") == common_pb2.PYTHON
+    assert hasattr(node_manager_pb2_grpc, "NodeManagerServiceStub")
+    assert "address" in inspect.signature(init_grpc_channel).parameters
 
 
 def test_workers_are_as_nice_as_anything_else() -> None:

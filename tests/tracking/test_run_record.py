@@ -11,7 +11,15 @@ import threading
 
 import pytest
 
-from shoal.errors import CorruptError, IdentityError, NotFoundError, RequestError
+from shoal.errors import (
+    CorruptError,
+    IdentityError,
+    InternalError,
+    NotFoundError,
+    RecipeError,
+    RequestError,
+    WorkerLost,
+)
 from shoal.storage import FileLock, Storage
 from shoal.tracking import RunRecord, RunState, list_runs
 
@@ -99,6 +107,40 @@ def test_lines_carry_time_and_attempt_also_those_of_another_process(record, stor
     assert (driver.attempt, driver.step, driver.target_steps) == (2, 1, 12)
 
 
+def _raised(error, *, cause=None):
+    try:
+        raise error from cause
+    except type(error) as err:
+        return err
+
+
+@pytest.mark.parametrize(
+    ("failure", "error", "kind", "has_traceback"),
+    [
+        (None, "", "", False),
+        (KeyError("x"), "KeyError: 'x'", "RecipeError", True),
+        (RecipeError("no loss"), "no loss", "RecipeError", False),
+        (_raised(RecipeError("bad"), cause=ValueError("deep")), "bad", "RecipeError", True),
+        (_raised(WorkerLost("gone"), cause=ValueError("deep")), "gone", "WorkerLost", False),
+    ],
+)
+def test_the_last_line_says_why(record, failure, error, kind, has_traceback):
+    record.append_end(RunState.FAILED, step=3, failure=failure, unknown=RecipeError)
+    (end,) = record.events(("end",))
+    assert (end["step"], end["state"], end["error"], end["error_type"]) == (3, "failed", error, kind)
+    assert bool(end["traceback"]) == has_traceback
+
+
+def test_a_failure_outside_the_recipe_is_a_bug(record):
+    record.append_end(RunState.FAILED, step=0, failure=KeyError("x"))
+    assert record.events(("end",))[0]["error_type"] == "InternalError"
+
+
+def test_only_an_end_ends(record):
+    with pytest.raises(InternalError, match="running"):
+        record.append_end(RunState.RUNNING, step=0)
+
+
 def test_state_watches_the_lock(record):
     assert record.state() is RunState.NEW
     record.append("start", step=0, target_steps=3)
@@ -179,6 +221,24 @@ def test_a_stop_is_asked_for_until_it_is_cleared(record, storage):
     record.clear_stop()
     record.clear_stop()
     assert not record.stop_requested()
+
+
+def test_a_run_exists_once_it_has_an_identity(record, storage):
+    assert not RunRecord.exists(storage, "digits-1")
+    record.append("warning", message="no identity")
+    assert not RunRecord.exists(storage, "digits-1")
+    record.claim_identity(IDENTITY)
+    assert RunRecord.exists(storage, "digits-1")
+    assert not RunRecord.exists(storage, "../runs/digits-1")
+
+
+def test_a_run_says_which_trial_it_is(record):
+    assert record.trial() is None
+    record.claim_trial("search", 7)
+    assert record.trial() == ("search", 7)
+    (record.dir / "trial.json").write_text('{"sweep": "search"}')
+    with pytest.raises(CorruptError, match=r"trial\.json"):
+        record.trial()
 
 
 def test_list_runs_has_those_with_an_identity_newest_first(storage):

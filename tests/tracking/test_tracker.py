@@ -356,13 +356,19 @@ def test_a_run_that_can_be_read_again_is_delivered(tracker, storage, fake):
 
 
 def test_trials_of_a_sweep_are_together(tracker, storage, fake):
-    storage.sweep_dir("search").mkdir(parents=True)
-    for name in ("search-t001", "other-t001"):
-        finish(begin(storage, name))
+    storage.sweep_dir("other").mkdir(parents=True)
+    for name in ("search-t001", "other-t001", "damaged-t001"):
+        record = begin(storage, name)
+        if name.startswith("search"):
+            record.claim_trial("search", 1)
+        if name.startswith("damaged"):
+            (record.dir / "trial.json").write_text("[]")
+        finish(record)
     tracker.flush()
     assert {run.name: run.experiment for run in fake.runs.values()} == {
         "search-t001": "search",
-        "other-t001": "Digits",
+        "other-t001": "Digits",  # called as a trial is, and none
+        "damaged-t001": "Digits",
     }
 
 

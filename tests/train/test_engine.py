@@ -18,7 +18,7 @@ import shoal
 from shoal.errors import StorageError
 from shoal.storage import Storage, verify
 from shoal.tracking import RunRecord, RunState
-from shoal.train import checkpoints, engine
+from shoal.train import boundary, checkpoints
 from shoal.train.engine import train_worker
 from shoal.train.group import Group
 from shoal.train.run import Run
@@ -233,7 +233,7 @@ def test_init_from_starts_from_another_models_weights(tmp_path: Path) -> None:
 
 
 def test_two_attempts_never_train_one_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from shoal.errors import ClusterError
+    from shoal.errors import RequestError
     from shoal.storage import FileLock
     from shoal.train import engine
 
@@ -242,7 +242,7 @@ def test_two_attempts_never_train_one_run_at_once(tmp_path: Path, monkeypatch: p
     lock = FileLock(RunRecord(spec.storage, spec.name).lock_path)
     lock.path.parent.mkdir(parents=True)
     lock.acquire()
-    with pytest.raises(ClusterError, match="already being trained"):
+    with pytest.raises(RequestError, match="being trained already"):
         train(spec)
     lock.release()
     assert train(spec).state() == RunState.FINISHED
@@ -300,7 +300,7 @@ def test_peers_hear_from_the_first_while_its_disk_is_slow(
 
     write = checkpoints.write_snapshot
     monkeypatch.setattr(checkpoints, "write_snapshot", slowly)
-    monkeypatch.setattr(engine, "WRITE_SLICE_S", 0.01)
+    monkeypatch.setattr(boundary, "WRITE_SLICE_S", 0.01)
     spec = spec_of(tmp_path, Toy(eval_every=60))
     train_worker(spec, Telling(0, 1, torch.device("cpu")))
     assert len(told) >= 3

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from shoal.config import Range
-from shoal.errors import DeadlineExceeded, RecipeError, RequestError, WorkerLost
-from shoal.train.group import PeerLost
+from shoal.errors import DeadlineExceeded, PeerLost, RecipeError, RequestError, WorkerLost
 from waiting import DEADLINE_S, wait_until
 
 if TYPE_CHECKING:
@@ -75,9 +74,6 @@ RELIED_ON: list[tuple[str, str, tuple[str, ...]]] = [
     ("ray.train.torch.config", "_TorchBackend.on_start", ("worker_group", "backend_config")),
     ("ray.train.torch.config", "_TorchBackend.on_shutdown", ("worker_group", "backend_config")),
     ("ray._private.worker", "print_to_stdstream", ("data",)),
-    ("ray._private.state", "available_resources_per_node", ()),
-    ("ray._private.grpc_utils", "init_grpc_channel", ()),
-    ("ray.core.generated.node_manager_pb2_grpc", "NodeManagerServiceStub", ()),
 ]
 
 
@@ -90,16 +86,6 @@ def test_ray_still_has_what_the_edge_relies_on(module: str, name: str, parameter
     if parameters:
         has = inspect.signature(found).parameters
         assert set(parameters) <= set(has), f"{module}.{name} takes {list(has)}, we use {parameters}: {LOOK}"
-
-
-def test_the_call_that_starts_processes_ahead_is_still_there() -> None:
-    from ray.core.generated import node_manager_pb2
-
-    fields = set(node_manager_pb2.PrestartWorkersRequest.DESCRIPTOR.fields_by_name)
-    needed = {"language", "num_workers", "keep_alive_duration_secs", "runtime_env_info"}
-    assert needed <= fields, (
-        f"PrestartWorkersRequest has {sorted(fields)}; platform/shoal/cluster/warm.py uses {needed}"
-    )
 
 
 # --- what it decides ----------------------------------------------------------------------------------------

@@ -196,6 +196,14 @@ def test_a_name_belongs_to_one_search(storage: Storage) -> None:
         record.claim({**IDENTITY, "seed": 3})
 
 
+def test_a_sweep_exists_once_it_is_claimed(storage: Storage) -> None:
+    assert not SweepRecord.exists(storage, "s")
+    make_trials(storage)
+    assert SweepRecord.exists(storage, "s")
+    assert not SweepRecord.exists(storage, "s" * 76)
+    assert not SweepRecord.exists(storage, "../s")
+
+
 def test_a_name_must_leave_room_for_its_runs(storage: Storage) -> None:
     SweepRecord(storage, "s" * 75)
     with pytest.raises(RequestError, match="cannot name a run"):
@@ -255,6 +263,17 @@ def test_a_sweep_is_read_without_a_cluster(storage: Storage) -> None:
     assert repr(sweep) == "Sweep('s', 3 finished)"
     with pytest.raises(NotFoundError, match="no sweep 'other'; there are: s"):
         open_sweep(storage, "other")
+
+
+def test_a_sweep_that_another_process_drives_is_stopped_by_its_name(storage: Storage) -> None:
+    trials = make_trials(storage)
+    sweep = open_sweep(storage, "s")
+    assert not sweep.is_active
+    with SweepRecord(storage, "s").lock:
+        assert sweep.is_active
+        sweep.stop()
+    assert trials.is_stopping
+    assert trials.next() is None
 
 
 def test_importing_the_room_is_light() -> None:

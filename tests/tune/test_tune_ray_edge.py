@@ -18,7 +18,7 @@ import searched
 from searched import Line
 
 import shoal
-from shoal.errors import ClusterError, RecipeError, RequestError
+from shoal.errors import RecipeError, RequestError
 from shoal.storage import Storage
 from shoal.tracking import RunRecord, RunState
 from shoal.tune import Sweep, TrialState, start_sweep
@@ -289,7 +289,7 @@ def test_a_killed_driver_repeats_no_finished_trial(cluster: ClusterInfo, tmp_pat
             wait_until(lambda: has_finished(1), "the first trial to finish")
             (tmp_path / "victim").unlink()
             wait_until(lambda: (tmp_path / "victim").exists(), "another to come half way")
-            with pytest.raises(ClusterError, match="already being run by another process"):
+            with pytest.raises(RequestError, match="is being run already"):
                 start(cluster, str(tmp_path))
         finally:
             driver.kill()

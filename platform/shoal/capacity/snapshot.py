@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
+from shoal.capacity import ray_edge
 from shoal.capacity.policy import Holder, NodeFree, Resources, Snapshot, describe, grant
 from shoal.config import Range
 from shoal.errors import ClusterError, DeadlineExceeded, RequestError
@@ -26,12 +27,8 @@ def snapshot(*, with_holders: bool = False) -> Snapshot:
     """
     import ray
 
-    # Ray's public `available_resources` sums over nodes, which would promise a 2-CPU worker to two nodes
-    # with one free CPU each; the per-node numbers have no public name.
-    from ray._private.state import available_resources_per_node
-
     try:
-        free = available_resources_per_node()
+        free = ray_edge.free_per_node()
         nodes = tuple(
             NodeFree(
                 name=node["NodeName"],

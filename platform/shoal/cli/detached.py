@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from shoal.cli.console import say, show_facts
-from shoal.errors import ClusterError, DeadlineExceeded, EnvironmentFailure, RecipeError
+from shoal.errors import ClusterError, DeadlineExceeded, EnvironmentFailure, from_name
 
 if TYPE_CHECKING:
     from shoal.cli.training import TrainOptions
@@ -112,8 +112,7 @@ def _wait_started(record: RunRecord, job: _Job, attempt: int) -> None:
 def _failure(record: RunRecord, job: _Job) -> Exception:
     end = record.summary().ended
     if end is not None and end["state"] == "failed" and end["traceback"]:
-        return RecipeError(
-            f"run {record.name!r} failed: {end['error']}", traceback_text=str(end["traceback"])
-        )
+        message = f"run {record.name!r} failed: {end['error']}"
+        return from_name(str(end.get("error_type")), message, traceback_text=str(end["traceback"]))
     words = job.last_words().removeprefix("error: ")
     return EnvironmentFailure(f"run {record.name!r} did not start. Job {job.id} said:\n{words}")

@@ -42,9 +42,10 @@ def logs(
     They are kept on storage: they can be read when the run has ended and when the cluster is gone.
     """
     from shoal.cli.place import storage
+    from shoal.tracking import RunRecord
 
     place = storage()
-    if (place.run_dir(name) / "identity.json").exists():
+    if RunRecord.exists(place, name):
         _show_run(place, name, rank, follow)
     else:
         _show_app(place, name, follow)
@@ -57,7 +58,7 @@ def _show_run(place: Storage, name: str, rank: int, follow: bool) -> None:
 
     run = find_run(place, name)
     path = log_path(run.record.logs_dir, rank)
-    if not path.exists() and not (follow and run.is_active()):
+    if not path.exists() and not (follow and run.is_active):
         there = sorted(int(p.stem.removeprefix("rank-")) for p in run.record.logs_dir.glob("rank-*.log"))
         raise NotFoundError(
             f"run {name!r} has no log of rank {rank}; there are: {', '.join(map(str, there)) or 'none yet'}"
@@ -65,9 +66,9 @@ def _show_run(place: Storage, name: str, rank: int, follow: bool) -> None:
     tail = Tail(lambda: [path], sys.stdout.buffer)
     tail.copy()
     if not path.exists() or not path.stat().st_size:
-        waits = "; waiting for it (Ctrl-C leaves it running)" if follow and run.is_active() else ""
+        waits = "; waiting for it (Ctrl-C leaves it running)" if follow and run.is_active else ""
         print(f"run {name} has printed nothing on rank {rank} so far{waits}", file=sys.stderr, flush=True)
-    while follow and run.is_active():
+    while follow and run.is_active:
         time.sleep(POLL_S)
         tail.copy()
     tail.copy()

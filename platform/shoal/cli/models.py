@@ -96,9 +96,9 @@ def _source(cluster: Cluster, name: str) -> Any:
     Raises:
         NotFoundError: there is neither; or the sweep has no trial with a result yet.
     """
-    if (cluster.storage.sweep_dir(name) / "sweep.json").exists():
-        from shoal.tune import open_sweep
+    from shoal.tune import SweepRecord, open_sweep
 
+    if SweepRecord.exists(cluster.storage, name):
         return cluster.run(open_sweep(cluster.storage, name).best.run)
     return cluster.run(name)
 

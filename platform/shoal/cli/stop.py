@@ -13,6 +13,7 @@ from shoal.cli.command import WORK, command
 if TYPE_CHECKING:
     from shoal.storage import Storage
     from shoal.train.run import Run
+    from shoal.tune import Sweep
 
 DEADLINE_S = 120.0
 """Longer than a step and a commit; what goes on longer is said to go on."""
@@ -31,11 +32,13 @@ def stop(name: Annotated[str, typer.Argument(metavar="NAME", help="A run or a sw
     """
     from shoal.api import find_run
     from shoal.cli.place import storage
+    from shoal.tracking import RunRecord
+    from shoal.tune import SweepRecord, open_sweep
 
     place = storage()
-    if (place.sweep_dir(name) / "sweep.json").exists():
-        _stop_sweep(place, name)
-    elif (place.run_dir(name) / "identity.json").exists():
+    if SweepRecord.exists(place, name):
+        _stop_sweep(open_sweep(place, name))
+    elif RunRecord.exists(place, name):
         _stop_run(find_run(place, name))
     else:
         _refuse(place, name)
@@ -44,25 +47,23 @@ def stop(name: Annotated[str, typer.Argument(metavar="NAME", help="A run or a sw
 def _stop_run(run: Run) -> None:
     from shoal.cli.console import say
 
-    if not run.is_active():
+    if not run.is_active:
         say(f"run {run.name} does not run: {run.state} at step {run.step:,}")
         return
     run.stop()
-    _wait(lambda: not run.is_active(), f"run {run.name} to stop")
+    _wait(lambda: not run.is_active, f"run {run.name} to stop")
     say(f"run {run.name}: {run.state} at step {run.step:,}; the command that started it goes on from there")
 
 
-def _stop_sweep(place: Storage, name: str) -> None:
+def _stop_sweep(sweep: Sweep) -> None:
     from shoal.cli.console import say
-    from shoal.tune import SweepRecord
 
-    record = SweepRecord(place, name)
-    if not record.lock.is_held():
-        say(f"sweep {name} does not run")
+    if not sweep.is_active:
+        say(f"sweep {sweep.name} does not run")
         return
-    record.mark_stop()
-    _wait(lambda: not record.lock.is_held(), f"sweep {name} to stop")
-    say(f"sweep {name}: stopped; the command that started it goes on with it")
+    sweep.stop()
+    _wait(lambda: not sweep.is_active, f"sweep {sweep.name} to stop")
+    say(f"sweep {sweep.name}: stopped; the command that started it goes on with it")
 
 
 def _refuse(place: Storage, name: str) -> None:

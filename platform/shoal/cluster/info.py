@@ -10,13 +10,14 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from shoal import storage
 from shoal.cluster import processes, ray_edge
 from shoal.errors import ClusterError
 
@@ -204,12 +205,8 @@ def haproxy_threads(num_cpus: int) -> int:
 
 def differences(info: ClusterInfo, config: Mapping[str, Any]) -> list[str]:
     """Where a resolved config differs from the one the cluster runs with: "path: running 1, file 2"."""
-    running, wanted = _flatten(info.config), _flatten(config)
-    return [
-        f"{path}: running {_show(running, path)}, file {_show(wanted, path)}"
-        for path in sorted(running.keys() | wanted.keys())
-        if running.get(path) != wanted.get(path)
-    ]
+    found = storage.differences(info.config, config)
+    return [f"{path}: running {has}, file {wants}" for path, has, wants in sorted(found)]
 
 
 def check_versions(info: ClusterInfo) -> None:
@@ -235,18 +232,3 @@ def check_versions(info: ClusterInfo) -> None:
 def python_version() -> str:
     """Of this interpreter, as Ray compares it: "3.11.9"."""
     return ".".join(str(part) for part in sys.version_info[:3])
-
-
-def _show(values: Mapping[str, Any], path: str) -> str:
-    return json.dumps(values[path]) if path in values else "(absent)"
-
-
-def _flatten(value: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(value, Mapping) and value:
-        pairs: Iterable[tuple[Any, Any]] = value.items()
-        return {
-            key: leaf
-            for name, child in pairs
-            for key, leaf in _flatten(child, f"{path}.{name}".lstrip(".")).items()
-        }
-    return {path: value}

@@ -14,14 +14,24 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from shoal.cluster.warm import WARM_ENVIRONMENT
-
 RAY_VERSION = "2.60.0"
 """The only Ray this code was run on; ``pyproject.toml`` pins the same."""
 PYTHON_VERSION = (3, 11)
 """The only Python this code was run on; a driver must match the cluster, or Ray cannot read its objects."""
 
 LOOPBACK = "127.0.0.1"
+
+WARM_ENVIRONMENT: dict[str, str] = {
+    # Imported by every waiting worker process; Ray skips a name that cannot be imported.
+    "RAY_preload_python_modules": "shoal.cluster.preload",
+    # Ray keeps as many idle processes as there are *free CPUs*, so a training run, which takes them all,
+    # would lose the spare processes that its own recovery needs.
+    "RAY_num_workers_soft_limit": "8",
+    # Processes that may start at once; Ray's default is the number of cores, and a request for more than that
+    # is cut down without a word.
+    "RAY_worker_maximum_startup_concurrency": "8",
+}
+"""What a node's raylet must have in its environment before Ray starts there; `shoal up` merges it."""
 
 FIXED_PORTS = (
     "gcs",
@@ -250,6 +260,27 @@ def prepare_driver() -> None:
     constants.ENABLE_RAY_CLUSTER = False  # type: ignore[attr-defined]
     raylet.Config.initialize("")  # before the token: a thread that loads it must not see the old mode
     raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def prestart_workers(node: str, count: int, *, keep_alive_s: int, timeout_s: float) -> None:
+    """Have the raylet at ``node`` ("host:port") start idle workers with this process's runtime environment.
+
+    Returns once it has agreed; a worker that nobody took goes away after ``keep_alive_s``. The raylet's own call:
+    there is no public one. Raises whatever grpc does.
+    """
+    import ray
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated import common_pb2, node_manager_pb2, node_manager_pb2_grpc
+
+    request = node_manager_pb2.PrestartWorkersRequest(
+        language=common_pb2.Language.PYTHON, num_workers=count, keep_alive_duration_secs=keep_alive_s
+    )
+    request.runtime_env_info.serialized_runtime_env = ray.get_runtime_context().get_runtime_env_string()
+    channel = init_grpc_channel(node)
+    try:
+        node_manager_pb2_grpc.NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=timeout_s)
+    finally:
+        channel.close()
 
 
 def python_path(project: Path, existing: str | None) -> str:

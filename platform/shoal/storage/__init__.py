@@ -17,9 +17,11 @@ from shoal.storage.commit import (
 )
 from shoal.storage.disk import Disk
 from shoal.storage.files import create_json, read_json, write_json
+from shoal.storage.identity import claim, differences
 from shoal.storage.journal import MAX_LINE_BYTES, append_line, read_lines
 from shoal.storage.layout import MIN_FREE_BYTES, Storage
 from shoal.storage.lock import FileLock
+from shoal.storage.stop import StopMark
 
 __all__ = [
     "MANIFEST",
@@ -29,12 +31,15 @@ __all__ = [
     "FileEntry",
     "FileLock",
     "Manifest",
+    "StopMark",
     "Storage",
     "append_line",
+    "claim",
     "collect_orphans",
     "commit",
     "copy_committed",
     "create_json",
+    "differences",
     "discard",
     "newest_verified",
     "read_json",

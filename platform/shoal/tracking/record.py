@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import re
 import threading
 import time
+import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.errors import CorruptError, IdentityError, NotFoundError, RequestError
-from shoal.storage import FileLock, Storage, append_line, create_json, read_json
+from shoal.errors import (
+    CorruptError,
+    EnvironmentFailure,
+    InternalError,
+    RequestError,
+    ShoalError,
+)
+from shoal.storage import FileLock, StopMark, Storage, append_line, claim, create_json, read_json
 from shoal.tracking.journal import (
     Event,
     Folded,
@@ -31,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _RUN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}")
+_IDENTITY = "identity.json"
 _CHUNK_BYTES = 1 << 20
 _CANCELLED = b"\x18"
 """Ends a line that its writer did not finish before it was killed; see `shoal.storage.journal`."""
@@ -58,8 +65,9 @@ class RunRecord:
         """Held by rank 0 while it trains."""
         self.driver_lock_path = self.dir / "driver.lock"
         """Held by the process that keeps the workers alive: also while they start, or start again."""
-        self._identity_path = self.dir / "identity.json"
-        self._stop_path = self.dir / "stop"
+        self.identity_path = self.dir / _IDENTITY
+        self._trial_path = self.dir / "trial.json"
+        self._stop = StopMark(self.dir)
         self._folding = threading.Lock()
         self._folded = Folded()
         self._offset = 0
@@ -72,17 +80,22 @@ class RunRecord:
 
     # Identity
 
+    @staticmethod
+    def exists(storage: Storage, name: str) -> bool:
+        """Whether there is such a run; a name that no run can have is that of none."""
+        return _RUN_NAME.fullmatch(name) is not None and RunRecord(storage, name).identity_path.exists()
+
     def identity(self) -> dict[str, Any] | None:
         """What the run was first asked for, or ``None`` for a run that does not exist.
 
         Raises:
             CorruptError: the file is damaged.
         """
-        if not self._identity_path.exists():
+        if not self.identity_path.exists():
             return None
-        identity = read_json(self._identity_path)
+        identity = read_json(self.identity_path)
         if not isinstance(identity, dict):
-            raise CorruptError(f"{self._identity_path} is damaged: it holds no identity of a run")
+            raise CorruptError(f"{self.identity_path} is damaged: it holds no identity of a run")
         return identity
 
     def claim_identity(self, identity: Mapping[str, Any]) -> bool:
@@ -95,20 +108,35 @@ class RunRecord:
             CorruptError: what is recorded cannot be read.
             StorageError: it cannot be written.
         """
-        asked = json.loads(json.dumps(dict(identity)))  # as it will be read back: tuples become lists
-        self.dir.mkdir(parents=True, exist_ok=True)
-        if create_json(self._identity_path, asked):
-            return True
-        found = read_json(self._identity_path)
-        if differences := _differences(found, asked):
-            lines = [f"run {self.name!r} exists with another identity:"]
-            lines += [f"  {path}: it has {old}, you asked for {new}" for path, old, new in differences]
-            lines.append(
-                "To go on with that run, ask for the values it has; to start another, leave the name out "
-                "or choose a free one (name=..., or --name on the shell)."
-            )
-            raise IdentityError("\n".join(lines))
-        return False
+        return claim(
+            self.identity_path,
+            identity,
+            what=f"run {self.name!r}",
+            advice="To go on with that run, ask for the values it has; to start another, leave the name out "
+            "or choose a free one (name=..., or --name on the shell).",
+        )
+
+    def claim_trial(self, sweep: str, number: int) -> None:
+        """Note which trial of which sweep the run is. Repeating it is safe.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        create_json(self._trial_path, {"sweep": sweep, "trial": number})
+
+    def trial(self) -> tuple[str, int] | None:
+        """Name of the sweep and number of the trial that the run is, or ``None`` for a run that is none.
+
+        Raises:
+            CorruptError: the file is damaged.
+        """
+        if not self._trial_path.exists():
+            return None
+        found = read_json(self._trial_path)
+        try:
+            return str(found["sweep"]), int(found["trial"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptError(f"{self._trial_path} is damaged: it names no trial") from error
 
     # Journal
 
@@ -122,6 +150,35 @@ class RunRecord:
         attempt = max(1, self._catch_up().attempt + (kind == "start"))
         line = encode(kind, t=self._clock(), attempt=attempt, fields=fields)
         append_line(self.journal_path, line)
+
+    def append_end(
+        self,
+        state: RunState,
+        *,
+        step: int,
+        failure: BaseException | None = None,
+        unknown: type[ShoalError] = InternalError,
+    ) -> None:
+        """Write an attempt's last line: how it ended, and of one that ``failed`` why.
+
+        ``unknown`` is what a failure counts as that is not of `shoal.errors`: a `RecipeError` where the recipe's
+        code runs.
+
+        Raises:
+            StorageError: it cannot be written.
+            InternalError: a state that ends nothing.
+        """
+        error, kind, text = "", "", ""
+        if isinstance(failure, ShoalError):
+            error, kind = str(failure), type(failure).__name__
+        elif failure is not None:
+            error, kind = f"{type(failure).__name__}: {failure}", unknown.__name__
+        says_all = isinstance(failure, EnvironmentFailure) or (
+            isinstance(failure, ShoalError) and failure.__cause__ is None
+        )
+        if failure is not None and not says_all:
+            text = "".join(traceback.format_exception(failure))
+        self.append("end", step=step, state=state, error=error, error_type=kind, traceback=text)
 
     def events(self, kinds: Collection[str] | None = None, *, since: int = 0) -> list[Event]:
         """Every line of the journal from byte ``since``, or those of the given kinds; empty if there is none.
@@ -235,18 +292,20 @@ class RunRecord:
     # Stopping
 
     def mark_stop(self) -> None:
-        """Ask the run to stop at its next step boundary, wherever it runs. Repeating it is safe."""
-        if not self._identity_path.exists():
-            raise NotFoundError(f"no run {self.name!r} in {self._storage.runs_dir}; see `shoal runs`")
-        self._stop_path.touch()
+        """Ask the run to stop at its next step boundary, wherever it runs. Repeating it is safe.
+
+        Raises:
+            NotFoundError: there is no such run.
+        """
+        self._stop.set()
 
     def stop_requested(self) -> bool:
         """Whether someone asked the run to stop since ``clear_stop``."""
-        return self._stop_path.exists()
+        return self._stop.is_set()
 
     def clear_stop(self) -> None:
         """Forget an earlier request to stop: for the command that starts the run again, not its retries."""
-        self._stop_path.unlink(missing_ok=True)
+        self._stop.clear()
 
     def _catch_up(self) -> Folded:
         with self._folding:
@@ -275,34 +334,20 @@ def check_run_name(name: str) -> str:
     return name
 
 
+def being_trained(name: str, *, by: str = "") -> RequestError:
+    """The error for a run that somebody trains already; ``by`` says who, where that is known."""
+    return RequestError(
+        f"run {name!r} is being trained already{f' ({by})' if by else ''}; follow it with `shoal logs {name} -f`, "
+        f"stop it with `shoal stop {name}`, or choose another name"
+    )
+
+
 def list_runs(storage: Storage) -> list[RunRecord]:
     """The records of all runs on ``storage``, the newest first."""
     found = []
-    for identity in storage.runs_dir.glob("*/identity.json"):
+    for identity in storage.runs_dir.glob(f"*/{_IDENTITY}"):
         # A run that is deleted meanwhile is none.
         with suppress(FileNotFoundError):
             if _RUN_NAME.fullmatch(identity.parent.name):
                 found.append((identity.stat().st_mtime_ns, identity.parent.name))
     return [RunRecord(storage, name) for _, name in sorted(found, reverse=True)]
-
-
-def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, str, str]]:
-    """Every leaf that differs: dotted path, old and new value as JSON (``nothing`` where it is absent)."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            difference
-            for key in [*old, *(key for key in new if key not in old)]
-            for difference in _differences(
-                old.get(key, _ABSENT), new.get(key, _ABSENT), f"{path}.{key}" if path else key
-            )
-        ]
-    if isinstance(old, bool) == isinstance(new, bool) and (old == new or _show(old) == _show(new)):
-        return []
-    return [(path, _show(old), _show(new))]
-
-
-_ABSENT = object()
-
-
-def _show(value: Any) -> str:
-    return "nothing" if value is _ABSENT else json.dumps(value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -42,7 +41,6 @@ FIRST_BACKOFF_S = 1.0
 MAX_BACKOFF_S = 30.0
 _MAX_LOG_BYTES = 256 * 1024
 _MAX_WARNINGS = 20
-_TRIAL_NAME = re.compile(r"(.+)-t\d{3}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,7 +311,7 @@ class Tracker:
         except CorruptError as error:
             self._warn(f"run {record.name} is delivered without parameters: {error}")
             identity = {}
-        sweep = self._sweep_of(record.name)
+        sweep = self._sweep_of(record)
         recipe = str(identity.get("recipe", ""))
         tags = {"shoal.run": record.name, "shoal.recipe": recipe, "shoal.sweep": sweep or ""}
         run_id = store.ensure_run(
@@ -325,15 +323,19 @@ class Tracker:
         )
         for batch in plan_params(identity):
             self._log(store, record.name, run_id, batch)
-        if (record.dir / "identity.json").exists():
-            text = (record.dir / "identity.json").read_text(errors="replace")
-            self._keep(store, record.name, run_id, text, "identity.json")
+        if record.identity_path.exists():
+            text = record.identity_path.read_text(errors="replace")
+            self._keep(store, record.name, run_id, text, record.identity_path.name)
         progress.run_id = run_id  # last: cut off before, all of this is done again
 
-    def _sweep_of(self, run: str) -> str | None:
-        """The sweep whose trial the run is; trials are called ``<sweep>-t<number>``."""
-        trial = _TRIAL_NAME.match(run)
-        return trial[1] if trial and (self._storage.sweeps_dir / trial[1]).is_dir() else None
+    def _sweep_of(self, record: RunRecord) -> str | None:
+        """The sweep whose trial the run is."""
+        try:
+            trial = record.trial()
+        except CorruptError as error:
+            self._warn(f"run {record.name} is delivered on its own, outside its sweep: {error}")
+            return None
+        return trial[0] if trial else None
 
     def _deliver_state(
         self, store: MlflowStore, record: RunRecord, progress: _Progress, size_bytes: int

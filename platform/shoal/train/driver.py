@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.capacity import Resources
 from shoal.config.values import Range
-from shoal.errors import DeadlineExceeded, RequestError, ShoalError
+from shoal.errors import DeadlineExceeded
 from shoal.storage import FileLock
-from shoal.tracking import RunRecord, RunState
+from shoal.tracking import RunRecord, RunState, being_trained
 from shoal.train.run import Run
 from shoal.train.spec import RunSpec
 
@@ -49,15 +49,8 @@ def prepare(spec: RunSpec) -> RunRecord:
     record = RunRecord(spec.storage, spec.name)
     record.claim_identity(spec.identity())
     if record.is_locked():
-        raise _is_being_trained(spec.name)
+        raise being_trained(spec.name)
     return record
-
-
-def _is_being_trained(name: str) -> RequestError:
-    return RequestError(
-        f"run {name!r} is being trained already; follow it with `shoal logs {name} -f`, stop it with "
-        f"`shoal stop {name}`, or choose another name"
-    )
 
 
 def finished_run(spec: RunSpec, record: RunRecord) -> Run | None:
@@ -107,8 +100,8 @@ class WorkersDriver:
         """
         try:
             self._driving.acquire()
-        except DeadlineExceeded:
-            raise _is_being_trained(self._spec.name) from None
+        except DeadlineExceeded as err:
+            raise being_trained(self._spec.name, by=str(err)) from None
         if not heed_stop:
             self._record.clear_stop()
         self._thread.start()
@@ -172,15 +165,7 @@ class WorkersDriver:
         last = self._record.events(("start", "end"), since=self._begin)[-1:]
         if last and last[0]["kind"] == "end":
             return  # the workers have said how it ended
-        is_ours = isinstance(err, ShoalError)
-        self._record.append(
-            "end",
-            step=self._record.step,
-            state="failed",
-            error=str(err) if is_ours else f"{type(err).__name__}: {err}",
-            error_type=type(err).__name__ if is_ours else "InternalError",
-            traceback="",
-        )
+        self._record.append_end(RunState.FAILED, step=self._record.step, failure=err)
 
 
 def train_on_worker(config: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 from shoal.errors import NotFoundError, RecipeError
 from shoal.models import Lineage, load_tensors, write_package
@@ -46,7 +45,7 @@ def lineage_of(run: Run, checkpoint: Path) -> Lineage:
     return Lineage(
         recipe=identity["recipe"],
         fields=identity["fields"],
-        data_fingerprint=str(_facts(run, "data.json").get("fingerprint", "")),
+        data_fingerprint=_data_fingerprint(run),
         code_revision=starts[-1].get("revision", "") if starts else "",
         run=run.name,
         trial=_trial_of(run),
@@ -59,12 +58,11 @@ def lineage_of(run: Run, checkpoint: Path) -> Lineage:
 
 def _trial_of(run: Run) -> str | None:
     """``<sweep>/<number>`` of a run that was a trial."""
-    trial = _facts(run, "trial.json")
-    return f"{trial['sweep']}/{trial['trial']}" if trial else None
+    trial = run.record.trial()
+    return f"{trial[0]}/{trial[1]}" if trial else None
 
 
-def _facts(run: Run, file: str) -> dict[str, Any]:
-    """One of the run's small JSON files; empty where there is none."""
-    path = run.record.dir / file
-    facts: dict[str, Any] = read_json(path) if path.exists() else {}
-    return facts
+def _data_fingerprint(run: Run) -> str:
+    """Empty for a run that has not seen its data."""
+    path = run.record.dir / "data.json"
+    return str(read_json(path).get("fingerprint", "")) if path.exists() else ""

@@ -17,14 +17,10 @@ import torch.distributed as dist
 # GIL then aborts the process (SIGABRT of a rank whose run had finished, torch 2.13).
 import torch.distributed.nn.functional
 
-from shoal.errors import EnvironmentFailure
+from shoal.errors import PeerLost
 
 COLLECTIVE_TIMEOUT_S = 120.0
 """How long a collective waits for the slowest rank before it fails; torch's own default is 30 minutes."""
-
-
-class PeerLost(EnvironmentFailure):
-    """A collective failed: another worker died, hangs, or left because of an error of its own."""
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,7 @@ from ray.util.placement_group import PlacementGroup, placement_group
 
 from shoal.capacity import Resources
 from shoal.cluster.warm import add_warm_processes
-from shoal.errors import ShoalError
-from shoal.train.group import PeerLost
+from shoal.errors import PeerLost, ShoalError
 
 logger = logging.getLogger(__name__)
 

@@ -7,15 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from shoal import errors
-from shoal.errors import (
-    DeadlineExceeded,
-    EnvironmentFailure,
-    InternalError,
-    NotFoundError,
-    RecipeError,
-    ShoalError,
-)
+from shoal.errors import DeadlineExceeded, EnvironmentFailure, NotFoundError, ShoalError, from_name
 from shoal.recipe import Objective
 from shoal.tracking import Event, RunRecord, RunState
 from shoal.train.output import log_path
@@ -155,7 +147,7 @@ class Run:
 
     def _wait(self, report: Reporter, timeout_s: float | None) -> None:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while self.is_active():
+        while self.is_active:
             report.update()
             if deadline is not None and time.monotonic() >= deadline:
                 raise DeadlineExceeded(
@@ -165,6 +157,7 @@ class Run:
             time.sleep(POLL_S)
         report.update()
 
+    @property
     def is_active(self) -> bool:
         """True while somebody works on the run."""
         if self._driver is not None:
@@ -187,11 +180,10 @@ class Run:
 
     def _recorded_failure(self, end: Event) -> ShoalError:
         message = f"run {self.name!r} failed at step {end['step']}: {end['error']}"
-        kind = getattr(errors, str(end.get("error_type")), RecipeError)
-        if issubclass(kind, RecipeError):
-            text = f"{message}\n  full text: shoal logs {self.name}"
-            return RecipeError(text, traceback_text=str(end["traceback"]))
-        return kind(message) if issubclass(kind, ShoalError) else InternalError(message)
+        kind, text = str(end.get("error_type")), str(end.get("traceback", ""))
+        if text:
+            message += f"\n  full text: shoal logs {self.name}"
+        return from_name(kind, message, traceback_text=text)
 
     def plot(self, *names: str) -> Figure:
         """Curves of the named metrics (default: losses, and the objective) over steps."""

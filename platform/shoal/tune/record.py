@@ -12,12 +12,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from shoal.errors import IdentityError, NotFoundError
+from shoal.errors import NotFoundError, RequestError
 from shoal.recipe import Objective
-from shoal.storage import FileLock, Storage, append_line, create_json, read_json, read_lines
+from shoal.storage import FileLock, StopMark, Storage, append_line, claim, read_json, read_lines
 from shoal.tracking import RunRecord, RunState, check_run_name
 from shoal.train.spec import Source
 
+_IDENTITY = "sweep.json"
 MAX_TRIALS = 999
 """A trial's number has three digits in its run's name."""
 
@@ -103,32 +104,33 @@ class SweepRecord:
         self.dir: Path = storage.sweep_dir(name)
         self.trials_path = self.dir / "trials.jsonl"
         self.lock = FileLock(self.dir / "lock")
-        self._identity_path = self.dir / "sweep.json"
-        self._stop_path = self.dir / "stop"
+        self._identity_path = self.dir / _IDENTITY
+        self._stop = StopMark(self.dir)
 
     def __repr__(self) -> str:
         return f"SweepRecord({self.name!r})"
+
+    @staticmethod
+    def exists(storage: Storage, name: str) -> bool:
+        """Whether there is such a sweep; a name that no sweep can have is that of none."""
+        try:
+            return SweepRecord(storage, name)._identity_path.exists()
+        except RequestError:
+            return False
 
     def claim(self, identity: Mapping[str, Any]) -> bool:
         """Give the name to this search: True if it was free, False if it already is this very search.
 
         Raises:
             IdentityError: the name belongs to another search; the message shows every difference.
+            CorruptError, StorageError: what is recorded cannot be read, or it cannot be written.
         """
-        asked = json.loads(json.dumps(dict(identity)))
-        if create_json(self._identity_path, asked):
-            return True
-        found = self.identity()
-        wrong = [key for key in {**found, **asked} if found.get(key) != asked.get(key)]
-        if wrong:
-            lines = [
-                f"  {key}: it has {_show(found, key)}, you asked for {_show(asked, key)}" for key in wrong
-            ]
-            raise IdentityError(
-                "\n".join([f"sweep {self.name!r} exists and searches something else:", *lines])
-                + "\nAsk for what it has to go on with it; leave the name out, or choose a free one"
-            )
-        return False
+        return claim(
+            self._identity_path,
+            identity,
+            what=f"sweep {self.name!r}",
+            advice="Ask for what it has to go on with it; leave the name out, or choose a free one",
+        )
 
     def identity(self) -> dict[str, Any]:
         """What the sweep was asked for.
@@ -138,22 +140,26 @@ class SweepRecord:
             CorruptError: the file is damaged.
         """
         if not self._identity_path.exists():
-            there = sorted(path.parent.name for path in self.storage.sweeps_dir.glob("*/sweep.json"))
+            there = sorted(path.parent.name for path in self.storage.sweeps_dir.glob(f"*/{_IDENTITY}"))
             raise NotFoundError(f"no sweep {self.name!r}; there are: {', '.join(there) or 'none'}")
         identity: dict[str, Any] = read_json(self._identity_path)
         return identity
 
     def mark_stop(self) -> None:
-        """Ask whoever drives the sweep to stop it, from any process. Repeating it is safe."""
-        self._stop_path.touch()
+        """Ask whoever drives the sweep to stop it, from any process. Repeating it is safe.
+
+        Raises:
+            NotFoundError: there is no such sweep.
+        """
+        self._stop.set()
 
     def stop_requested(self) -> bool:
         """Whether someone asked the sweep to stop since ``clear_stop``."""
-        return self._stop_path.exists()
+        return self._stop.is_set()
 
     def clear_stop(self) -> None:
         """Forget an earlier request to stop: for the command that goes on with the sweep."""
-        self._stop_path.unlink(missing_ok=True)
+        self._stop.clear()
 
     def book(self, trial: Trial) -> None:
         """Write down where a trial stands; a later line of the same trial replaces the earlier."""
@@ -201,7 +207,3 @@ def seen_in_journal(trial: Trial, run: RunRecord, objective: Objective) -> Trial
 
 def _finite(values: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in values.items() if math.isfinite(value)}
-
-
-def _show(identity: Mapping[str, Any], key: str) -> str:
-    return json.dumps(identity[key]) if key in identity else "nothing"

@@ -73,8 +73,8 @@ class Sweep:
 
     @property
     def is_active(self) -> bool:
-        """Whether this process still works on it."""
-        return self._driver is not None and self._driver.is_alive()
+        """True while somebody works on the sweep, in this process or in another."""
+        return (self._driver is not None and self._driver.is_alive()) or self._record.lock.is_held()
 
     @property
     def best(self) -> Trial:
@@ -100,10 +100,12 @@ class Sweep:
     def stop(self) -> None:
         """Start no more trials, and let those that run commit and stop. Does not block; safe to repeat.
 
-        The same command goes on with the sweep.
+        Wherever the sweep is driven. The same command goes on with it.
         """
-        if self._driver is not None:
+        if self._driver is not None and self._driver.is_alive():
             self._driver.trials.stop()
+        else:
+            self._record.mark_stop()
 
     def wait(self, *, timeout_s: float | None = None, progress: bool = True) -> Sweep:
         """Block until every trial is done, showing a table of them; returns the sweep.
@@ -259,9 +261,9 @@ def start_sweep(
             are when one dies.
 
     Raises:
-        RequestError: a search that is impossible as asked; nothing was started.
+        RequestError: a search that is impossible as asked, or that is being run already; nothing was started.
         IdentityError: the name belongs to another search.
-        ClusterError: the cluster does not answer, or another process drives this very sweep.
+        ClusterError: the cluster does not answer.
     """
     resources = (
         {"CPU": cpus_per_worker, "GPU": gpus_per_worker} if gpus_per_worker else {"CPU": cpus_per_worker}
@@ -422,7 +424,10 @@ def _take_lock(record: SweepRecord) -> None:
     try:
         record.lock.acquire()
     except DeadlineExceeded as err:
-        raise ClusterError(f"sweep {record.name!r} is already being run by another process ({err})") from err
+        raise RequestError(
+            f"sweep {record.name!r} is being run already ({err}); stop it with `shoal stop {record.name}`, "
+            "or choose another name"
+        ) from None
 
 
 def _plan(

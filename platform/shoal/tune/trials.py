@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 from shoal.errors import RecipeError, ShoalError
-from shoal.storage import create_json
 from shoal.tracking import RunRecord
 from shoal.train.adopt import adopt_checkpoint, discard_leftovers
 from shoal.tune.population import perturb
@@ -107,7 +106,7 @@ class Trials:
                 discard_leftovers(run)
             run.claim_identity(self._plan.spec(trial.number, trial.fields, trial.source).identity())
             run.clear_stop()
-            create_json(run.dir / "trial.json", {"sweep": self._record.name, "trial": trial.number})
+            run.claim_trial(self._record.name, trial.number)
             self._put(trial)
             return trial
 

@@ -1,0 +1,166 @@
+"""What a run does between its steps: metrics, evaluation, checkpoints, the wish to stop, its last line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from shoal.errors import RecipeError, ShoalError
+from shoal.tracking import RunRecord, RunState
+from shoal.train.cadence import Cadence
+from shoal.train.checkpoints import CheckpointWriter, Snapshot, take_snapshot
+from shoal.train.group import Group
+from shoal.train.resume import Beginning, facts
+from shoal.train.seeds import capture_random_state
+from shoal.train.session import Session
+from shoal.train.spec import RunSpec
+
+WRITE_SLICE_S = 5.0
+"""How long rank 0 waits for a checkpoint to be written before it tells its peers that it still does."""
+
+EvalListener = Callable[[int, Mapping[str, float]], None]
+"""Told on rank 0 of every look at the validation data: (step, values)."""
+
+
+class RunBoundary:
+    """The `session.Boundary` of a run that keeps a record; rank 0 writes it. `begin` before the first step."""
+
+    def __init__(self, spec: RunSpec, group: Group, record: RunRecord, on_eval: EvalListener | None) -> None:
+        self._spec, self._group, self._record, self._on_eval = spec, group, record, on_eval
+        self._objective = spec.recipe.objective
+        self._cadence = Cadence(target_steps=spec.target_steps, checkpoint_every_s=spec.checkpoint_every_s)
+        self._best: float | None = None
+        self._saved_step: int | None = None
+        self._stop = False
+        self._writer = (
+            CheckpointWriter(
+                record.checkpoints_dir,
+                keep=spec.keep,
+                objective=self._objective,
+                on_commit=self._committed,
+                on_failure=self._not_committed,
+            )
+            if group.is_first
+            else None
+        )
+
+    def begin(self, beginning: Beginning) -> None:
+        """Know what is on disk already: nothing is saved twice, and only a better model is the best."""
+        self._saved_step = beginning.saved_step
+        if beginning.best is not None:
+            step, self._best = beginning.best
+            if self._writer is not None:
+                self._writer.know_best(step, self._best)
+
+    def wants_checkpoint(self) -> bool:
+        is_free = self._writer is not None and not self._writer.is_writing
+        return is_free and self._cadence.is_checkpoint_due()
+
+    def wants_stop(self) -> bool:
+        if self._group.is_first and not self._stop and self._cadence.is_look_due():
+            self._cadence.looked()
+            self._stop = self._record.stop_requested()
+        return self._stop
+
+    def after_step(self, session: Session, *, checkpoint: bool, stop: bool) -> bool:
+        is_last = session.steps_done >= self._spec.target_steps
+        self._write_metrics(session, force=is_last or stop)
+        values: dict[str, float] = {}
+        if is_last or session.steps_done % self._spec.recipe.eval_every == 0:
+            values = self._evaluate(session)
+        is_best = self._is_new_best(values)
+        if checkpoint or stop or is_last or is_best or (values and self._spec.checkpoint_at_eval):
+            self._save(session, values)
+        if values and self._spec.checkpoint_at_eval:
+            self._wait_written()  # whoever is told may copy it
+        if values and self._group.is_first and self._on_eval is not None:
+            self._on_eval(session.steps_done, values)  # last: it may take its time, or raise
+        return is_last or stop
+
+    def finish(self, session: Session) -> None:
+        """Write what is left and the run's last line."""
+        if session.steps_done >= self._spec.target_steps and session.data.test is not None:
+            test = session.evaluate(session.data.test)
+            if self._group.is_first:
+                self._record.append("eval", step=session.steps_done, split="test", values=test)
+        if session.steps_done != self._saved_step:
+            self._save(session, {})  # a loop of the user's own that left early
+        self._wait_written()
+        if self._writer is not None:
+            self._writer.close()
+            is_done = session.steps_done >= self._spec.target_steps
+            state = RunState.FINISHED if is_done else RunState.STOPPED
+            self._record.append_end(state, step=session.steps_done)
+        self._group.share(None)  # nobody leaves before the last line is written
+
+    def close(self) -> None:
+        """Wait for a checkpoint that is being written: the lock must outlive it."""
+        if self._writer is not None:
+            self._writer.join()
+
+    def _evaluate(self, session: Session) -> dict[str, float]:
+        values = session.evaluate(session.data.val)
+        if self._objective.metric not in values:
+            raise RecipeError(
+                f"the objective is the {self._objective}, but metrics() gave {', '.join(sorted(values))}"
+            )
+        if self._group.is_first:
+            self._record.append("eval", step=session.steps_done, split="val", values=values)
+        return values
+
+    def _is_new_best(self, values: dict[str, float]) -> bool:
+        value = values.get(self._objective.metric)
+        if value is None or not self._objective.is_better(value, self._best):
+            return False
+        self._best = value
+        return True
+
+    def _save(self, session: Session, values: dict[str, float]) -> None:
+        if session.steps_done == self._saved_step:
+            return
+        self._saved_step = session.steps_done
+        self._wait_written()
+        random_states = self._group.gather(capture_random_state())
+        if self._writer is not None:
+            self._writer.submit(
+                take_snapshot(
+                    step=session.steps_done,
+                    model=session.model,
+                    optimizer=session.optimizer,
+                    scheduler=session.scheduler,
+                    random_states=random_states,
+                    facts=facts(self._spec, self._group),
+                    values=values,
+                )
+            )
+            self._cadence.checkpoint_taken()
+
+    def _wait_written(self) -> None:
+        """Wait on every rank until nothing is being written.
+
+        In slices: a disk may need longer for a checkpoint than a rank waits for its peers in one collective.
+        """
+        while not self._group.share(self._writer is None or self._writer.join(timeout_s=WRITE_SLICE_S)):
+            pass
+
+    def _write_metrics(self, session: Session, *, force: bool) -> None:
+        if not (self._group.is_first and (force or self._cadence.is_line_due(session.steps_done))):
+            return
+        self._cadence.line_written()
+        values = session.take_progress()
+        if values is not None:
+            self._record.append("metrics", step=session.steps_done, values=values)
+
+    def _committed(self, snap: Snapshot, path: Path, size_bytes: int, seconds: float) -> None:
+        self._record.append(
+            "checkpoint",
+            step=snap.step,
+            path=str(path.relative_to(self._record.dir)),
+            size_bytes=size_bytes,
+            seconds=seconds,
+            values=snap.values,
+        )
+
+    def _not_committed(self, snap: Snapshot, err: ShoalError) -> None:
+        message = f"no checkpoint at step {snap.step}: {err}. Training goes on; earlier checkpoints are kept"
+        self._record.append("warning", message=message)

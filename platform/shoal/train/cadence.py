@@ -1,0 +1,52 @@
+"""When what happens between steps is due. Decides only; the clock comes from outside."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+STOP_POLL_S = 0.25
+"""How often rank 0 looks whether someone asked the run to stop."""
+NUM_METRIC_LINES = 200
+"""About how many lines of training metrics a run writes."""
+MAX_METRIC_GAP_S = 2.0
+"""The longest the record stays silent between steps that are shorter than that."""
+
+
+class Cadence:
+    """What is due on rank 0 at a step boundary. Each ``is_..._due`` only asks; whoever acts on it says so after.
+
+    ``clock`` gives seconds that never go back; every wait begins when the cadence is made.
+    """
+
+    def __init__(
+        self, *, target_steps: int, checkpoint_every_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._metric_steps = max(1, target_steps // NUM_METRIC_LINES)
+        self._checkpoint_every_s = checkpoint_every_s
+        self._clock = clock
+        self._last_checkpoint = self._last_look = self._last_line = clock()
+
+    def is_checkpoint_due(self) -> bool:
+        """Whether the newest checkpoint is as old as it may become."""
+        return self._clock() - self._last_checkpoint >= self._checkpoint_every_s
+
+    def checkpoint_taken(self) -> None:
+        """The next checkpoint is due a whole interval from now."""
+        self._last_checkpoint = self._clock()
+
+    def is_look_due(self) -> bool:
+        """Whether to look if someone asked the run to stop: a look at the disk, too much for every step."""
+        return self._clock() - self._last_look >= STOP_POLL_S
+
+    def looked(self) -> None:
+        """The next look is due `STOP_POLL_S` from now."""
+        self._last_look = self._clock()
+
+    def is_line_due(self, step: int) -> bool:
+        """Whether a line of training metrics is due after ``step`` steps."""
+        return step % self._metric_steps == 0 or self._clock() - self._last_line > MAX_METRIC_GAP_S
+
+    def line_written(self) -> None:
+        """Silence is counted from now."""
+        self._last_line = self._clock()
