@@ -160,16 +160,25 @@ def test_a_killed_trial_goes_on_from_its_checkpoint(cluster: ClusterInfo, tmp_pa
 
 @pytest.fixture
 def nothing_left(cluster: ClusterInfo) -> Iterator[None]:
-    """After the test no placement group and no process of a trial remains, and all CPUs are free."""
+    """After the test no placement group and no actor is there that was not before, and as many CPUs are free."""
     import ray
-
-    yield
     from ray.util.placement_group import placement_group_table
     from ray.util.state import list_actors
 
-    wait_until(lambda: ray.available_resources().get("CPU") == cluster.num_cpus, "all CPUs to be free")
-    assert [group for group in placement_group_table().values() if group["state"] != "REMOVED"] == []
-    wait_until(lambda: not list_actors(filters=[("state", "=", "ALIVE")]), "every actor to be gone")
+    def actors() -> set[str]:
+        return {actor.actor_id for actor in list_actors(filters=[("state", "=", "ALIVE")], limit=1000)}
+
+    def groups() -> set[str]:
+        return {key for key, group in placement_group_table().items() if group["state"] != "REMOVED"}
+
+    def free() -> float:
+        return float(ray.available_resources().get("CPU", 0))
+
+    # What tests before this one left is on its way out: it may be gone after it, but nothing may have come.
+    before = (actors(), groups(), free())
+    yield
+    wait_until(lambda: actors() <= before[0] and groups() <= before[1], "every actor and group to be gone")
+    wait_until(lambda: free() >= before[2], "all CPUs to be free")
 
 
 @pytest.mark.cluster
