@@ -125,10 +125,10 @@ def test_the_same_name_with_other_fields_shows_the_difference(
         attached.train(slow_digits(lr=0.5), name="undisturbed")
 
 
-def test_more_workers_than_there_can_be_are_refused(attached: shoal.Cluster) -> None:
-    run = attached.train(slow_digits(), workers=64, name="too-many")
-    with pytest.raises(RequestError, match="64"):
-        run.wait(progress=False)
+def test_more_workers_than_there_can_be_are_refused_and_nothing_is_written(attached: shoal.Cluster) -> None:
+    with pytest.raises(RequestError, match=r"64 workers .* can never start"):
+        attached.train(slow_digits(), workers=64, name="too-many")
+    assert not attached.storage.run_dir("too-many").exists()
 
 
 def test_a_broken_recipe_ends_at_once_with_its_own_error(attached: shoal.Cluster) -> None:

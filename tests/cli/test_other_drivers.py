@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from shoal.cli.torchrun import _spec
 from shoal.cli.training import TrainOptions
 from shoal.errors import NotFoundError, RequestError
 from shoal.recipe import field_values, parse_fields
+from shoal.train.revision import code_revision
 
 
 class Tagged(shoal.Recipe):
@@ -41,6 +43,18 @@ def test_under_torchrun_a_run_starts_from_a_version_on_storage(project: Path) ->
     spec = _spec(Tagged(), TrainOptions(init_from="digits@12"))
     assert (spec.init_from, spec.init_from_name) == (version, "digits@12")
     assert spec.name != _spec(Tagged(), TrainOptions()).name
+
+
+def test_under_torchrun_a_run_records_the_code_revision(project: Path) -> None:
+    assert code_revision(project) == ""  # so that the next line is the commit's doing
+    for words in (
+        ["init", "-q"],
+        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "a"],
+    ):
+        subprocess.run(["git", "-C", str(project), *words], check=True)
+    revision = code_revision(project)
+    assert revision
+    assert _spec(Tagged(), TrainOptions()).revision == revision
 
 
 @pytest.mark.parametrize(

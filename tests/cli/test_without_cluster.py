@@ -300,6 +300,27 @@ def test_a_dry_run_refuses_more_workers_than_fit_before_it_builds_anything(
     assert "at most 4 fit" in outcome.err
 
 
+def test_a_dry_run_refuses_a_range_that_allows_no_worker(project: Path, shoal: Shoal) -> None:
+    outcome = shoal("train", "jobs.digits", "--workers", "0..2", "--dry-run")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "at least 1 worker" in outcome.err
+
+
+def test_a_dry_run_makes_the_split_that_the_run_would_make(project: Path, shoal: Shoal) -> None:
+    (project / "random_split.py").write_text(
+        "import torch\nfrom jobs.digits import Digits\nclass Split(Digits):\n    def build_data(self):\n"
+        "        print('drew', torch.rand(1).item())\n        return super().build_data()\n"
+    )
+    import torch
+
+    from shoal.train.seeds import derive_seed, seed_everything
+
+    seed_everything(derive_seed(7, "data"))
+    expected = torch.rand(1).item()
+    outcome = shoal("train", "random_split:Split", "--seed", "7", "--dry-run")
+    assert f"drew {expected}" in outcome.out, outcome.err
+
+
 def test_a_dry_run_shows_the_recipes_own_error(project: Path, shoal: Shoal) -> None:
     (project / "broken_recipe.py").write_text(
         "import shoal\nclass Broken(shoal.Recipe):\n    def build_data(self):\n        return self.nowhere\n"

@@ -39,14 +39,14 @@ def dry_run(recipe: Recipe, options: TrainOptions) -> None:
     """
     import torch
 
-    from shoal.api import plan_run
-    from shoal.cli.place import settings
+    from shoal.cli.place import project_here, settings
+    from shoal.train.options import plan_run, workers_of
 
     config, storage = settings()
     if options.init_from is not None:
         raise RequestError("--dry-run starts from fresh weights: leave --init-from out")
-    spec = plan_run(recipe, config, storage, **options.of_run())
-    workers = _workers(config, options)
+    spec = plan_run(recipe, config, storage, project=project_here(), **options.of_run())
+    workers = workers_of(config, options.workers)
     torch.set_num_threads(1)  # as a worker on a cluster has
     notes = _resource_notes(config, workers)
     session, data, seconds = _one_step(spec)
@@ -59,28 +59,20 @@ def dry_run(recipe: Recipe, options: TrainOptions) -> None:
     say("nothing was started or written")
 
 
-def _workers(config: ClusterConfig, options: TrainOptions) -> Range:
-    from shoal.config import Range
-
-    return config.train.workers if options.workers is None else Range.parse(options.workers)
-
-
 def _one_step(spec: RunSpec) -> tuple[Session, Datasets, float]:
     """A session after its first step, its data, and how long the step took."""
     import traceback
 
     from shoal.errors import RecipeError, ShoalError
-    from shoal.recipe import Datasets
     from shoal.train.group import Group
+    from shoal.train.seeds import derive_seed, seed_everything
     from shoal.train.session import Session
 
     try:
-        data = spec.recipe.build_data()
-        if not isinstance(data, Datasets):
-            raise RecipeError(f"build_data must return shoal.Datasets, not {type(data).__name__}")
+        seed_everything(derive_seed(spec.seed, "data"))  # the split that the run would make
         session = Session(
             spec.recipe,
-            data,
+            spec.recipe.build_data(),
             Group.alone(),
             _OneStep(),
             seed=spec.seed,
@@ -96,7 +88,7 @@ def _one_step(spec: RunSpec) -> tuple[Session, Datasets, float]:
             f"{type(spec.recipe).__name__}: {type(err).__name__}: {err}",
             traceback_text=traceback.format_exc(),
         ) from err
-    return session, data, time.monotonic() - began
+    return session, session.data, time.monotonic() - began
 
 
 def _facts(spec: RunSpec, session: Session, data: Datasets, seconds: float, workers: Range) -> dict[str, str]:

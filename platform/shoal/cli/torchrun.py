@@ -52,15 +52,15 @@ def train_under_torchrun(recipe: Recipe, options: TrainOptions) -> None:
 
 
 def _spec(recipe: Recipe, options: TrainOptions) -> RunSpec:
-    from shoal.api import plan_run
     from shoal.cli.place import project_here
     from shoal.config import load
     from shoal.storage import Storage
+    from shoal.train.options import plan_run
 
-    config = load()
-    storage = Storage(config.storage_path(project_here()))
+    config, project = load(), project_here()
+    storage = Storage(config.storage_path(project))
     init_from = None if options.init_from is None else _version(storage, options.init_from)
-    return plan_run(recipe, config, storage, **{**options.of_run(), "init_from": init_from})
+    return plan_run(recipe, config, storage, project=project, **{**options.of_run(), "init_from": init_from})
 
 
 def _version(storage: Storage, text: str) -> ResolvedModel:

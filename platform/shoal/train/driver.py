@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.capacity import Resources
+from shoal.capacity import Resources, grant, snapshot
 from shoal.config.values import Range
 from shoal.errors import DeadlineExceeded
 from shoal.storage import FileLock
@@ -27,9 +27,13 @@ def launch(spec: RunSpec, *, workers: Range, resources_per_worker: Resources, re
 
     Raises:
         IdentityError: the name belongs to a run with another identity.
-        RequestError: the run is being trained already.
+        RequestError: the run is being trained already, or the cluster can never have so many workers.
         StorageError: the storage is full or not writable.
     """
+    if finished_run(spec, RunRecord(spec.storage, spec.name)) is None:
+        grant(
+            snapshot(), workers, resources_per_worker
+        )  # refuses what can never start: nothing is written yet
     record = prepare(spec)
     finished = finished_run(spec, record)
     if finished is not None:

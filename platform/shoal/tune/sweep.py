@@ -20,6 +20,7 @@ from shoal.errors import (
 )
 from shoal.recipe import Objective, Recipe
 from shoal.storage import Storage
+from shoal.train.revision import code_revision
 from shoal.tune.population import check_population, default_interval
 from shoal.tune.record import MAX_TRIALS, SweepRecord, Trial, TrialState, sweep_name_of
 from shoal.tune.shapes import changes_shape
@@ -281,7 +282,10 @@ def start_sweep(
     storage = Storage(info.storage)
     storage.check()
     possible = int(min(trials, num_combinations(space)))
-    template = _template(recipe, storage, steps, seed, precision, checkpoint_every_s, int(cpus_per_worker))
+    revision = code_revision(info.project)
+    template = _template(
+        recipe, storage, revision, steps, seed, precision, checkpoint_every_s, int(cpus_per_worker)
+    )
     if scheduler == "pbt":
         # What is copied from a trial must be there when it is measured, and stay while it is copied.
         template = replace(template, checkpoint_at_eval=True, keep=2)
@@ -365,6 +369,7 @@ def _refuse(problems: list[str]) -> None:
 def _template(
     recipe: Recipe,
     storage: Storage,
+    revision: str,
     steps: int | None,
     seed: int,
     precision: Literal["fp32", "bf16"],
@@ -382,6 +387,7 @@ def _template(
         precision=precision,
         checkpoint_every_s=checkpoint_every_s,
         keep=1,
+        revision=revision,
         threads=max(1, threads),
     )
 
