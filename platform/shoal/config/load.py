@@ -44,8 +44,8 @@ def find(start: Path | None = None) -> Path:
         if (candidate / FILE_NAME).is_file():
             return candidate / FILE_NAME
     message = (
-        f"there is none in {folder} or any folder above it; go to your project, or start one with a file "
-        "of two lines, `version: 1` and `name: my-cluster`"
+        f"there is none in {folder} or any folder above it; go to your project, or make one: "
+        "shoal init my-project (a file of two lines is enough too: `version: 1` and `name: my-cluster`)"
     )
     raise ConfigError([Problem("", message)], source=FILE_NAME)
 

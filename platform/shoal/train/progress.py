@@ -92,6 +92,7 @@ class _Feed:
             self.step = event["step"]
         if kind == "start":
             self.target, self.workers = event["target_steps"], event["workers"]
+            self.values, self.val = {}, {}  # an earlier attempt's speed and loss say nothing about this one
             return f"resumed from step {event['step']:,} on {self.workers} workers" if event["step"] else ""
         if kind == "metrics":
             self.values = event["values"]
@@ -117,7 +118,10 @@ class _Plain:
             self.say(line)
         if (force or time.monotonic() - self._last >= PLAIN_INTERVAL_S) and self._feed.step != self._shown:
             self._last, self._shown = time.monotonic(), self._feed.step
-            self.say(f"step {self._feed.step:,}/{self._feed.target or 0:,}  {self._feed.detail()}")
+            if self._feed.target is None:
+                self.say(self._feed.detail())
+            else:
+                self.say(f"step {self._feed.step:,}/{self._feed.target:,}  {self._feed.detail()}")
 
 
 class _Bar:

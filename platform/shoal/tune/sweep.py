@@ -291,7 +291,7 @@ def start_sweep(
         template = replace(template, checkpoint_at_eval=True, keep=2)
     identity = _identity(template, space, scheduler)
     record = SweepRecord(storage, name or sweep_name_of(identity))
-    fit = _num_fitting(info, workers, resources)
+    fit, free = _room(info, workers, resources)
     if scheduler == "pbt":
         _check_population(template, space, possible, min(fit, concurrent), perturb_every)
     is_new = record.claim(identity)
@@ -305,7 +305,7 @@ def start_sweep(
     except BaseException:
         record.lock.release()
         raise
-    return Sweep(record, driver=driver, note=_note(ledger, trials, is_new, fit, concurrent))
+    return Sweep(record, driver=driver, note=_note(ledger, trials, is_new, fit, free, concurrent, scheduler))
 
 
 def _check_numbers(
@@ -410,11 +410,11 @@ def _identity(template: RunSpec, space: Space, scheduler: SchedulerKind) -> dict
     }
 
 
-def _num_fitting(info: ClusterInfo, workers: int, resources_per_worker: Resources) -> int:
-    """How many trials the cluster has room for when nobody else holds anything.
+def _room(info: ClusterInfo, workers: int, resources_per_worker: Resources) -> tuple[int, int]:
+    """How many trials the cluster has room for at a time: when nobody else holds anything, and now.
 
     Raises:
-        RequestError: not even one.
+        RequestError: not even one, ever.
     """
     from shoal.capacity import ceiling, grant, snapshot
     from shoal.cluster.attach import attach
@@ -422,8 +422,9 @@ def _num_fitting(info: ClusterInfo, workers: int, resources_per_worker: Resource
 
     attach(info)
     seen = snapshot()
-    grant(seen, Range(workers, workers), resources_per_worker)
-    return int(min(ceiling(seen, resources_per_worker), MAX_TRIALS * workers) // workers)
+    most = MAX_TRIALS * workers
+    free = grant(seen, Range(workers, most), resources_per_worker)
+    return int(min(ceiling(seen, resources_per_worker), most) // workers), free // workers
 
 
 def _take_lock(record: SweepRecord) -> None:
@@ -492,7 +493,15 @@ def _runner(
     return run
 
 
-def _note(ledger: Trials, trials: int, is_new: bool, fit: int, concurrent: int) -> str:
+def _note(
+    ledger: Trials,
+    trials: int,
+    is_new: bool,
+    fit: int,
+    free: int,
+    concurrent: int,
+    scheduler: SchedulerKind,
+) -> str:
     notes = []
     if not is_new:
         done = sum(trial.state.is_final for trial in ledger.snapshot())
@@ -500,5 +509,9 @@ def _note(ledger: Trials, trials: int, is_new: bool, fit: int, concurrent: int) 
     if ledger.num_trials < trials:
         notes.append(f"{ledger.num_trials} trials instead of {trials}: the space has no more combinations")
     if fit < concurrent:
-        notes.append(f"{fit} at a time instead of {concurrent}: more do not fit on the cluster")
+        notes.append(f"at most {fit} at a time instead of {concurrent}: more do not fit on the cluster")
+    if free < min(fit, concurrent, ledger.num_left):
+        notes.append(f"{free} at a time for now: others hold the rest (`shoal status` says who)")
+        if scheduler == "pbt":
+            notes.append("a trial that starts when others have ended is compared with none")
     return "; ".join(notes)
