@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from cluster_projects import Started
 
@@ -27,7 +27,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterInfo]:
 @pytest.fixture
 def info(tmp_path: Path) -> ClusterInfo:
     """A record whose head processes are this test: alive."""
-    me = ProcessRef.of(psutil.Process())
+    me = ProcessRef.of(os.getpid())
+    assert me is not None
     return ClusterInfo(
         cluster_id="0123456789abcdef",
         name="t",

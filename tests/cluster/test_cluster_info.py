@@ -6,12 +6,13 @@ import dataclasses
 import json
 from pathlib import Path
 
+import psutil
 import pytest
 from cluster_projects import write_record as write
 
 from shoal.cluster import info as cluster_info
 from shoal.cluster import ports, processes, ray_edge
-from shoal.cluster.info import ClusterInfo, ProcessRef
+from shoal.cluster.info import ClusterInfo
 from shoal.errors import ClusterError
 
 
@@ -21,16 +22,32 @@ def test_a_record_reads_back_as_it_was(info: ClusterInfo) -> None:
 
 
 def test_a_record_of_dead_processes_is_no_cluster(info: ClusterInfo) -> None:
-    dead = dataclasses.replace(info, pids={"gcs": ProcessRef(pid=info.pids["gcs"].pid, started=1.0)})
-    write(dead)
+    later = dataclasses.replace(info.pids["gcs"], started=info.pids["gcs"].started + 1)
+    write(dataclasses.replace(info, pids={**info.pids, "gcs": later}))
     assert cluster_info.find(info.project) is None
+
+
+def test_a_record_of_another_boot_is_no_cluster(info: ClusterInfo) -> None:
+    earlier = dataclasses.replace(info.pids["gcs"], boot="0" * 8)
+    write(dataclasses.replace(info, pids={**info.pids, "gcs": earlier}))
+    assert cluster_info.find(info.project) is None
+
+
+def test_a_clock_that_is_set_ends_no_cluster(info: ClusterInfo, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(info)
+    before = psutil.Process().create_time()
+    boot_time = psutil._pslinux.boot_time  # type: ignore[attr-defined]
+    # What a process sees that starts after the clock was set: the kernel's boot time moves with it.
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: boot_time() + 3600)
+    assert psutil.Process().create_time() == pytest.approx(before + 3600, abs=1)
+    assert cluster_info.find(info.project) == info
 
 
 def test_no_record_is_no_cluster(tmp_path: Path) -> None:
     assert cluster_info.find(tmp_path) is None
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 99}', '{"format": 1, "name": "x"}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 99}', '{"format": 2, "name": "x"}'])
 def test_a_broken_record_says_what_to_do(tmp_path: Path, text: str) -> None:
     (tmp_path / ".shoal").mkdir()
     (tmp_path / ".shoal" / "cluster.json").write_text(text)

@@ -15,14 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from shoal.cluster import processes, ray_edge
 from shoal.errors import ClusterError
+from shoal.storage.owner import boot_id, start_ticks
 
 RECORD_ENV = processes.RECORD
 RECORD_NAME = "cluster.json"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,21 +29,20 @@ class ProcessRef:
     """One process, told apart from a later one with the same id by when it started."""
 
     pid: int
-    started: float
-    """Epoch seconds, as the kernel reports it."""
+    started: int
+    """In clock ticks since that boot: a time of day would move when the clock is set."""
+    boot: str
+    """8 hex digits of the kernel's boot id."""
 
     @classmethod
-    def of(cls, process: psutil.Process) -> ProcessRef:
-        """Name a live process."""
-        return cls(pid=process.pid, started=process.create_time())
+    def of(cls, pid: int) -> ProcessRef | None:
+        """Name a live process; None when it has ended."""
+        started = start_ticks(pid)
+        return None if started is None else cls(pid=pid, started=started, boot=boot_id())
 
     def is_alive(self) -> bool:
-        """Whether that very process still runs."""
-        try:
-            process = psutil.Process(self.pid)
-            return abs(process.create_time() - self.started) < 1.0 and processes.is_running(process)
-        except psutil.Error:
-            return False
+        """Whether that very process still runs; a zombie does not."""
+        return self.boot == boot_id() and start_ticks(self.pid) == self.started
 
 
 @dataclass(frozen=True, kw_only=True)

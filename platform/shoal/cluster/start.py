@@ -229,8 +229,8 @@ def _describe(plan: StartPlan, ports: dict[str, int], token_path: Path) -> Clust
     for process in processes.find(plan.cluster_id):
         with suppress(psutil.Error):
             role = ray_edge.HEAD_PROCESSES.get(process.name())
-            if role is not None:
-                heads[role] = ProcessRef.of(process)
+            if role is not None and (head := ProcessRef.of(process.pid)) is not None:
+                heads[role] = head
     if heads.keys() != set(ray_edge.HEAD_PROCESSES.values()):
         raise ClusterError(
             f"cluster {plan.name!r} answered and then lost a head process (left: {sorted(heads)}). "
