@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import psutil
@@ -53,6 +54,54 @@ def test_a_broken_record_says_what_to_do(tmp_path: Path, text: str) -> None:
     (tmp_path / ".shoal" / "cluster.json").write_text(text)
     with pytest.raises(ClusterError, match="shoal down"):
         cluster_info.find(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("cluster_id", "", "16 hex digits"),
+        ("cluster_id", "0123456789ABCDEF", "16 hex digits"),
+        ("cluster_id", "0123456789abcdef0", "16 hex digits"),
+        ("cluster_id", "fedcba9876543210", "its folder"),
+        ("run_dir", "/tmp", "its folder"),
+        ("token_path", "/home/me/.cache/huggingface/token", "its folder"),
+        ("pids", {}, "not gcs and raylet"),
+        ("pids", {"gcs": {"pid": 1, "started": 1, "boot": "0"}}, "not gcs and raylet"),
+        (
+            "pids",
+            {role: {"pid": "../x", "started": 1, "boot": "0"} for role in ("gcs", "raylet")},
+            "no numbers",
+        ),
+        ("dashboard_url", "http://203.0.113.1:8265", "not a port of"),
+        ("dashboard_url", "http://127.0.0.1:8265@203.0.113.1:80", "not a port of"),
+        ("dashboard_url", "http://127.0.0.1:8265\n", "not a port of"),
+        ("dashboard_url", "http://127.0.0.2:8265", "not a port of"),
+        ("address", "203.0.113.1:6379", "not a port of"),
+    ],
+)
+def test_a_record_that_came_with_the_project_is_not_believed(
+    info: ClusterInfo, field: str, value: object, named: str
+) -> None:
+    info.record.parent.mkdir()
+    info.record.write_text(json.dumps({**info.to_json(), field: value}))
+    with pytest.raises(ClusterError, match=f"{named}.*shoal down"):
+        cluster_info.find(info.project)
+
+
+def test_a_record_with_another_users_folder_is_not_believed(
+    info: ClusterInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(info)
+    me = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: me + 1)
+    with pytest.raises(ClusterError, match="must be a folder of this user"):
+        cluster_info.find(info.project)
+
+
+def test_a_record_whose_folder_was_swept_away_still_reads(info: ClusterInfo) -> None:
+    write(info)
+    info.run_dir.rmdir()
+    assert cluster_info.read_record(info.record) == info
 
 
 def test_the_environment_of_clients_never_marks_them_as_the_cluster(info: ClusterInfo) -> None:
