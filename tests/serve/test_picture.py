@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import struct
+import tracemalloc
 import warnings
 import zlib
 from collections.abc import Callable
@@ -196,7 +197,8 @@ def test_pixels_as_json() -> None:
         ({"pixels": [[True] * 8] * 8}, "pixels_type"),
         ({"pixels": [[None] * 8] * 8}, "pixels_type"),
         ({"pixels": "x"}, "pixels_type"),
-        ({"pixels": [[10**30] * 8] * 8}, "pixels_type"),
+        ({"pixels": [[10**30] * 8] * 8}, "pixels_range"),
+        ({"pixels": [[10**999] * 8] * 8}, "pixels_range"),
         ({"pixels": [[17, *ROW[1:]], *[ROW] * 7]}, "pixels_range"),
         ({"pixels": [[-1, *ROW[1:]], *[ROW] * 7]}, "pixels_range"),
         ({"pixels": [[float("nan"), *ROW[1:]], *[ROW] * 7]}, "pixels_range"),
@@ -207,6 +209,17 @@ def test_wrong_pixels(document: Any, code: str) -> None:
     with pytest.raises(Refusal) as caught:
         pixels(document)
     assert (caught.value.status, caught.value.code) == (422, code)
+
+
+def test_a_long_text_among_numbers_takes_no_more_memory_than_it_has() -> None:
+    document = {"pixels": ["a" * 30_000, *[0] * 8_000]}  # numpy makes 8,001 texts of 30,000 characters of it
+    tracemalloc.start()
+    try:
+        with pytest.raises(Refusal):
+            pixels(document)
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+    finally:
+        tracemalloc.stop()
 
 
 VALUES = st.recursive(
