@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import struct
+import time
 import tracemalloc
 import warnings
 import zlib
@@ -129,6 +130,36 @@ def test_what_is_no_picture() -> None:
     assert refusal(b"%PDF-1.4 hello") == (415, "not_a_picture")
     assert refusal(b"\x89PNG\r\n\x1a\n") == (400, "picture_unreadable")
     assert refusal(b"\xff\xd8\xff") == (400, "picture_unreadable")
+
+
+PNG_HEADER = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 0, 0, 0, 0))
+PNG_PIXELS = png_chunk(b"IDAT", zlib.compress(b"\0" * 72))
+PNG_PARTS = png_chunk(b"teSt", b"") * 690_000  # 8 MB, the most that an app takes by default
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x89PNG\r\n\x1a\n" + PNG_HEADER + PNG_PARTS + PNG_PIXELS,
+        b"\x89PNG\r\n\x1a\n" + PNG_HEADER + PNG_PIXELS + PNG_PARTS,
+        b"\xff\xd8" + b"\xff\xe1\x00\x02" * 2_000_000,
+        b"\xff\xd8\xff" + b"\xff" * 8_000_000,
+    ],
+    ids=["PNG chunks before", "PNG chunks after", "JPEG segments", "JPEG padding"],
+)
+def test_a_picture_in_too_many_parts_is_refused_before_they_are_read(data: bytes) -> None:
+    started = time.process_time()
+    assert refusal(data) == (400, "picture_unreadable")
+    assert time.process_time() - started < 1.0  # seconds of CPU; all parts take 3 and more
+
+
+def test_a_picture_of_many_honest_parts_is_read() -> None:
+    pixels = zlib.compress(b"\0" * 72, level=0)
+    parts = b"".join(png_chunk(b"IDAT", pixels[i : i + 1]) for i in range(len(pixels)))
+    data = (
+        b"\x89PNG\r\n\x1a\n" + PNG_HEADER + png_chunk(b"teSt", b"x") * 5_000 + parts + png_chunk(b"IEND", b"")
+    )
+    assert grey(data).shape == (8, 8)
 
 
 GOOD = {kind: encode(Image.effect_noise((24, 24), 80).convert("RGB"), kind) for kind in ("PNG", "JPEG")}
