@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from cluster_projects import Started
 
@@ -25,9 +25,13 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterInfo]:
 
 
 @pytest.fixture
-def info(tmp_path: Path) -> ClusterInfo:
+def info(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ClusterInfo:
     """A record whose head processes are this test: alive."""
-    me = ProcessRef.of(psutil.Process())
+    me = ProcessRef.of(os.getpid())
+    assert me is not None
+    monkeypatch.setattr(cluster_info, "runtime_root", lambda: tmp_path / "run")
+    run_dir = cluster_info.run_dir_of("0123456789abcdef")
+    run_dir.mkdir(parents=True, mode=0o700)
     return ClusterInfo(
         cluster_id="0123456789abcdef",
         name="t",
@@ -38,9 +42,9 @@ def info(tmp_path: Path) -> ClusterInfo:
         serve_port=20011,
         storage=tmp_path / ".shoal",
         tracking=f"sqlite:///{tmp_path}/mlflow.db",
-        token_path=tmp_path / "token",
-        run_dir=Path("/tmp/shoal-0/01234567"),
-        session_dir=Path("/tmp/shoal-0/01234567/ray/session_1"),
+        token_path=run_dir / "token",
+        run_dir=run_dir,
+        session_dir=run_dir / "ray" / "session_1",
         ports=ports.plan(20_000, serve_port=0),
         started=1.0,
         num_cpus=2,

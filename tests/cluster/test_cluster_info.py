@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
+import psutil
 import pytest
 from cluster_projects import write_record as write
 
 from shoal.cluster import info as cluster_info
 from shoal.cluster import ports, processes, ray_edge
-from shoal.cluster.info import ClusterInfo, ProcessRef
+from shoal.cluster.info import ClusterInfo
 from shoal.errors import ClusterError
 
 
@@ -21,21 +23,85 @@ def test_a_record_reads_back_as_it_was(info: ClusterInfo) -> None:
 
 
 def test_a_record_of_dead_processes_is_no_cluster(info: ClusterInfo) -> None:
-    dead = dataclasses.replace(info, pids={"gcs": ProcessRef(pid=info.pids["gcs"].pid, started=1.0)})
-    write(dead)
+    later = dataclasses.replace(info.pids["gcs"], started=info.pids["gcs"].started + 1)
+    write(dataclasses.replace(info, pids={**info.pids, "gcs": later}))
     assert cluster_info.find(info.project) is None
+
+
+def test_a_record_of_another_boot_is_no_cluster(info: ClusterInfo) -> None:
+    earlier = dataclasses.replace(info.pids["gcs"], boot="0" * 8)
+    write(dataclasses.replace(info, pids={**info.pids, "gcs": earlier}))
+    assert cluster_info.find(info.project) is None
+
+
+def test_a_clock_that_is_set_ends_no_cluster(info: ClusterInfo, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(info)
+    before = psutil.Process().create_time()
+    boot_time = psutil._pslinux.boot_time  # type: ignore[attr-defined]
+    # What a process sees that starts after the clock was set: the kernel's boot time moves with it.
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: boot_time() + 3600)
+    assert psutil.Process().create_time() == pytest.approx(before + 3600, abs=1)
+    assert cluster_info.find(info.project) == info
 
 
 def test_no_record_is_no_cluster(tmp_path: Path) -> None:
     assert cluster_info.find(tmp_path) is None
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 99}', '{"format": 1, "name": "x"}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 99}', '{"format": 2, "name": "x"}'])
 def test_a_broken_record_says_what_to_do(tmp_path: Path, text: str) -> None:
     (tmp_path / ".shoal").mkdir()
     (tmp_path / ".shoal" / "cluster.json").write_text(text)
     with pytest.raises(ClusterError, match="shoal down"):
         cluster_info.find(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("cluster_id", "", "16 hex digits"),
+        ("cluster_id", "0123456789ABCDEF", "16 hex digits"),
+        ("cluster_id", "0123456789abcdef0", "16 hex digits"),
+        ("cluster_id", "fedcba9876543210", "its folder"),
+        ("run_dir", "/tmp", "its folder"),
+        ("token_path", "/home/me/.cache/huggingface/token", "its folder"),
+        ("pids", {}, "not gcs and raylet"),
+        ("pids", {"gcs": {"pid": 1, "started": 1, "boot": "0"}}, "not gcs and raylet"),
+        (
+            "pids",
+            {role: {"pid": "../x", "started": 1, "boot": "0"} for role in ("gcs", "raylet")},
+            "no numbers",
+        ),
+        ("dashboard_url", "http://203.0.113.1:8265", "not a port of"),
+        ("dashboard_url", "http://127.0.0.1:8265@203.0.113.1:80", "not a port of"),
+        ("dashboard_url", "http://127.0.0.1:8265\n", "not a port of"),
+        ("dashboard_url", "http://127.0.0.2:8265", "not a port of"),
+        ("address", "203.0.113.1:6379", "not a port of"),
+    ],
+)
+def test_a_record_that_came_with_the_project_is_not_believed(
+    info: ClusterInfo, field: str, value: object, named: str
+) -> None:
+    info.record.parent.mkdir()
+    info.record.write_text(json.dumps({**info.to_json(), field: value}))
+    with pytest.raises(ClusterError, match=f"{named}.*shoal down"):
+        cluster_info.find(info.project)
+
+
+def test_a_record_with_another_users_folder_is_not_believed(
+    info: ClusterInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(info)
+    me = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: me + 1)
+    with pytest.raises(ClusterError, match="must be a folder of this user"):
+        cluster_info.find(info.project)
+
+
+def test_a_record_whose_folder_was_swept_away_still_reads(info: ClusterInfo) -> None:
+    write(info)
+    info.run_dir.rmdir()
+    assert cluster_info.read_record(info.record) == info
 
 
 def test_the_environment_of_clients_never_marks_them_as_the_cluster(info: ClusterInfo) -> None:

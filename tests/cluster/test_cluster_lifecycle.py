@@ -15,6 +15,7 @@ from cluster_projects import write_project, write_record
 
 from shoal import config as shoal_config
 from shoal.cluster import ClusterInfo, doctor, down, lifecycle, ray_edge, up
+from shoal.cluster import info as cluster_info
 from shoal.cluster import start as starting
 from shoal.errors import ClusterError, RequestError, StorageError
 
@@ -31,7 +32,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         raise Started
 
     monkeypatch.setattr(starting, "start", no_start)
-    monkeypatch.setattr(starting, "runtime_root", lambda: tmp_path / "run")
+    monkeypatch.setattr(cluster_info, "runtime_root", lambda: tmp_path / "run")
     return write_project(tmp_path / "project", "t")
 
 
@@ -80,7 +81,7 @@ def test_what_a_killed_start_left_is_cleaned_by_down(project: Path) -> None:
     with pytest.raises(Started):
         bring_up(project)
     marker = project / ".shoal" / lifecycle.STARTING_NAME
-    run_dir = Path(json.loads(marker.read_text())["run_dir"])
+    run_dir = cluster_info.run_dir_of(json.loads(marker.read_text())["cluster_id"])
     run_dir.mkdir()
     assert down(project)
     assert not marker.exists()
@@ -88,14 +89,21 @@ def test_what_a_killed_start_left_is_cleaned_by_down(project: Path) -> None:
     assert not down(project)
 
 
-def test_down_removes_no_folder_that_is_not_a_clusters(project: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cluster_id", ["d" * 16, "none", "", "../keep/0123456789", "d" * 16 + "\n", None, 7])
+@pytest.mark.parametrize("run_dir", ["{keep}", "{run}/..", "{run}/../keep", "{run}"])
+def test_down_removes_no_folder_that_is_not_a_clusters(
+    project: Path, tmp_path: Path, cluster_id: Any, run_dir: str
+) -> None:
     keep = tmp_path / "keep"
     keep.mkdir()
+    (tmp_path / "run").mkdir()
     (project / ".shoal").mkdir()
-    record = {"cluster_id": "d" * 16, "run_dir": str(keep)}
-    (project / ".shoal" / lifecycle.STARTING_NAME).write_text(json.dumps(record))
-    assert down(project)
+    record = {"cluster_id": cluster_id, "run_dir": run_dir.format(run=tmp_path / "run", keep=keep)}
+    for name in (lifecycle.STARTING_NAME, cluster_info.RECORD_NAME):
+        (project / ".shoal" / name).write_text(json.dumps(record))
+    down(project)
     assert keep.is_dir()
+    assert list((project / ".shoal").glob("*.json")) == []
 
 
 def test_down_without_a_cluster_changes_nothing(tmp_path: Path) -> None:
@@ -146,7 +154,8 @@ def test_doctor_says_how_to_clean_a_broken_record(project: Path) -> None:
 def test_a_cluster_that_runs_and_is_silent_is_not_ended(
     project: Path, info: ClusterInfo, monkeypatch: pytest.MonkeyPatch, dies: bool
 ) -> None:
-    info = dataclasses.replace(info, project=project, run_dir=project / "run")
+    run_dir = cluster_info.run_dir_of(info.cluster_id)
+    info = dataclasses.replace(info, project=project, run_dir=run_dir, token_path=run_dir / "token")
     write_record(info)
 
     def silent(asked: ClusterInfo, *, timeout_s: float) -> bool:
@@ -156,7 +165,7 @@ def test_a_cluster_that_runs_and_is_silent_is_not_ended(
 
     abandoned: list[str] = []
     monkeypatch.setattr(starting, "answers_within", silent)
-    monkeypatch.setattr(starting, "abandon", lambda cluster_id, _: abandoned.append(cluster_id))
+    monkeypatch.setattr(starting, "abandon", abandoned.append)
     with pytest.raises(
         Started if dies else ClusterError, match=None if dies else "does not answer.*shoal down"
     ):

@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import shlex
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from serve_apps.digits import Digits
 from shoal.errors import ClusterError, CorruptError, RequestError
 from shoal.models import Lineage, write_package
 from shoal.serve.core.gate import Limits
+from shoal.serve.core.picture import open_picture
 from shoal.serve.handle import curl_command
 
 PIXELS = {"pixels": [[0, 0, 0, 8, 14, 0, 0, 0]] * 8}
@@ -74,6 +76,22 @@ def drawn(size: tuple[int, int] = (200, 120), mode: str = "L") -> Image.Image:
     image = Image.new("L", size, 250)
     image.paste(20, (size[0] // 2, 10, size[0] // 2 + 9, size[1] - 10))
     return image.convert(mode)
+
+
+def test_a_long_upload_is_opened_outside_the_event_loop(
+    endpoint: Digits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+
+    def opened(data: bytes) -> Image.Image:
+        threads.append(threading.current_thread().name.partition("_")[0])
+        return open_picture(data)
+
+    monkeypatch.setattr("shoal.serve.core.picture.open_picture", opened)
+    short = png(drawn())
+    for body in (short, short + bytes(70_000)):
+        assert post(endpoint.asgi(), body, "image/png").status == 200
+    assert threads == [threading.current_thread().name.partition("_")[0], "picture"]
 
 
 def form(data: bytes) -> bytes:

@@ -6,6 +6,8 @@ import asyncio
 import io
 import json
 import struct
+import time
+import tracemalloc
 import warnings
 import zlib
 from collections.abc import Callable
@@ -130,6 +132,36 @@ def test_what_is_no_picture() -> None:
     assert refusal(b"\xff\xd8\xff") == (400, "picture_unreadable")
 
 
+PNG_HEADER = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 0, 0, 0, 0))
+PNG_PIXELS = png_chunk(b"IDAT", zlib.compress(b"\0" * 72))
+PNG_PARTS = png_chunk(b"teSt", b"") * 690_000  # 8 MB, the most that an app takes by default
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x89PNG\r\n\x1a\n" + PNG_HEADER + PNG_PARTS + PNG_PIXELS,
+        b"\x89PNG\r\n\x1a\n" + PNG_HEADER + PNG_PIXELS + PNG_PARTS,
+        b"\xff\xd8" + b"\xff\xe1\x00\x02" * 2_000_000,
+        b"\xff\xd8\xff" + b"\xff" * 8_000_000,
+    ],
+    ids=["PNG chunks before", "PNG chunks after", "JPEG segments", "JPEG padding"],
+)
+def test_a_picture_in_too_many_parts_is_refused_before_they_are_read(data: bytes) -> None:
+    started = time.process_time()
+    assert refusal(data) == (400, "picture_unreadable")
+    assert time.process_time() - started < 1.0  # seconds of CPU; all parts take 3 and more
+
+
+def test_a_picture_of_many_honest_parts_is_read() -> None:
+    pixels = zlib.compress(b"\0" * 72, level=0)
+    parts = b"".join(png_chunk(b"IDAT", pixels[i : i + 1]) for i in range(len(pixels)))
+    data = (
+        b"\x89PNG\r\n\x1a\n" + PNG_HEADER + png_chunk(b"teSt", b"x") * 5_000 + parts + png_chunk(b"IEND", b"")
+    )
+    assert grey(data).shape == (8, 8)
+
+
 GOOD = {kind: encode(Image.effect_noise((24, 24), 80).convert("RGB"), kind) for kind in ("PNG", "JPEG")}
 
 
@@ -196,7 +228,8 @@ def test_pixels_as_json() -> None:
         ({"pixels": [[True] * 8] * 8}, "pixels_type"),
         ({"pixels": [[None] * 8] * 8}, "pixels_type"),
         ({"pixels": "x"}, "pixels_type"),
-        ({"pixels": [[10**30] * 8] * 8}, "pixels_type"),
+        ({"pixels": [[10**30] * 8] * 8}, "pixels_range"),
+        ({"pixels": [[10**999] * 8] * 8}, "pixels_range"),
         ({"pixels": [[17, *ROW[1:]], *[ROW] * 7]}, "pixels_range"),
         ({"pixels": [[-1, *ROW[1:]], *[ROW] * 7]}, "pixels_range"),
         ({"pixels": [[float("nan"), *ROW[1:]], *[ROW] * 7]}, "pixels_range"),
@@ -207,6 +240,17 @@ def test_wrong_pixels(document: Any, code: str) -> None:
     with pytest.raises(Refusal) as caught:
         pixels(document)
     assert (caught.value.status, caught.value.code) == (422, code)
+
+
+def test_a_long_text_among_numbers_takes_no_more_memory_than_it_has() -> None:
+    document = {"pixels": ["a" * 30_000, *[0] * 8_000]}  # numpy makes 8,001 texts of 30,000 characters of it
+    tracemalloc.start()
+    try:
+        with pytest.raises(Refusal):
+            pixels(document)
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+    finally:
+        tracemalloc.stop()
 
 
 VALUES = st.recursive(

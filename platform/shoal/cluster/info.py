@@ -1,7 +1,8 @@
 """What is known about a running cluster, and how clients find it.
 
 The record is one file, ``<project>/.shoal/cluster.json``, written once the cluster answers. It holds paths
-and numbers and no secret: the token stays in its own file.
+and numbers and no secret: the token stays in its own file. It lies in the project, which may come from anywhere,
+so it is not believed where that would hurt: whose token is sent where, and which folder is removed.
 """
 
 from __future__ import annotations
@@ -9,21 +10,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+import stat
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from shoal import storage
 from shoal.cluster import processes, ray_edge
 from shoal.errors import ClusterError
+from shoal.storage.owner import boot_id, start_ticks
 
 RECORD_ENV = processes.RECORD
 RECORD_NAME = "cluster.json"
-_FORMAT = 1
+TOKEN_NAME = "token"
+"""Of the file in a cluster's private folder that holds its token."""
+_FORMAT = 2
+_CLUSTER_ID = re.compile("[0-9a-f]{16}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,21 +36,20 @@ class ProcessRef:
     """One process, told apart from a later one with the same id by when it started."""
 
     pid: int
-    started: float
-    """Epoch seconds, as the kernel reports it."""
+    started: int
+    """In clock ticks since that boot: a time of day would move when the clock is set."""
+    boot: str
+    """8 hex digits of the kernel's boot id."""
 
     @classmethod
-    def of(cls, process: psutil.Process) -> ProcessRef:
-        """Name a live process."""
-        return cls(pid=process.pid, started=process.create_time())
+    def of(cls, pid: int) -> ProcessRef | None:
+        """Name a live process; None when it has ended."""
+        started = start_ticks(pid)
+        return None if started is None else cls(pid=pid, started=started, boot=boot_id())
 
     def is_alive(self) -> bool:
-        """Whether that very process still runs."""
-        try:
-            process = psutil.Process(self.pid)
-            return abs(process.create_time() - self.started) < 1.0 and processes.is_running(process)
-        except psutil.Error:
-            return False
+        """Whether that very process still runs; a zombie does not."""
+        return self.boot == boot_id() and start_ticks(self.pid) == self.started
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +111,7 @@ class ClusterInfo:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ClusterInfo:
-        """Read what ``to_json`` wrote.
+        """Read what ``to_json`` wrote of a cluster of this user on this machine.
 
         Raises:
             KeyError, TypeError, ValueError: it is not such a record.
@@ -118,7 +122,27 @@ class ClusterInfo:
         for key in ("project", "storage", "token_path", "run_dir", "session_dir"):
             fields[key] = Path(fields[key])
         fields["pids"] = {name: ProcessRef(**ref) for name, ref in fields["pids"].items()}
-        return cls(**fields)
+        info = cls(**fields)
+        info._check_trust()
+        return info
+
+    def _check_trust(self) -> None:
+        """Raise ValueError for a record that ``up`` of this user would not write, whoever wrote it."""
+        run_dir = run_dir_of(self.cluster_id)
+        if self.run_dir != run_dir or self.token_path != run_dir / TOKEN_NAME:
+            raise ValueError(
+                f"its folder is {self.run_dir} with {self.token_path}, and a cluster of this user has {run_dir}"
+            )
+        for folder in (run_dir.parent, run_dir):
+            check_private(folder)
+        if self.pids.keys() != set(ray_edge.HEAD_PROCESSES.values()):
+            raise ValueError(f"it names the processes {sorted(self.pids)}, not gcs and raylet")
+        if not all(type(ref.pid) is type(ref.started) is int for ref in self.pids.values()):
+            raise ValueError("its process ids are no numbers")
+        listening = {"address": self.address, "dashboard_url": self.dashboard_url.removeprefix("http://")}
+        for name, where in listening.items():
+            if not re.fullmatch(rf"{re.escape(ray_edge.LOOPBACK)}:[0-9]{{1,5}}", where):
+                raise ValueError(f"{name} is {where!r}, not a port of {ray_edge.LOOPBACK}")
 
     @classmethod
     def from_env(cls) -> ClusterInfo | None:
@@ -138,6 +162,39 @@ class ClusterInfo:
         return info
 
 
+def runtime_root() -> Path:
+    """The folder of this user's clusters under /tmp (not TMPDIR: on some machines too long for sockets)."""
+    return Path("/tmp") / f"shoal-{os.getuid()}"
+
+
+def run_dir_of(cluster_id: str) -> Path:
+    """The private folder of a cluster of this user; short, because unix sockets live below it.
+
+    Raises:
+        ValueError: that is not the id of a cluster; what is removed with the cluster must not be anything else.
+    """
+    if _CLUSTER_ID.fullmatch(cluster_id) is None:
+        raise ValueError(f"cluster_id {cluster_id!r} is not 16 hex digits")
+    return runtime_root() / cluster_id[:8]
+
+
+def check_private(folder: Path) -> None:
+    """Pass if the folder is this user's own, or not there at all.
+
+    Raises:
+        ValueError: it is a link, or another user's, or no folder: someone else could swap what is in it.
+    """
+    try:
+        found = folder.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise ValueError(
+            f"{folder} must be a folder of this user (uid {os.getuid()}), found "
+            f"{stat.filemode(found.st_mode)} of uid {found.st_uid}"
+        )
+
+
 def state_dir(project: Path) -> Path:
     """Where a project's cluster is recorded."""
     return project / ".shoal"
@@ -153,9 +210,9 @@ def read_record(path: Path) -> ClusterInfo | None:
         return ClusterInfo.from_json(json.loads(path.read_text()))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ClusterError(
-            f"{path} is not a cluster record that this shoal can read ({error}). "
+            f"{path} is not a record that this shoal wrote for this user ({error}). "
             f"Run `shoal down` in {path.parent.parent} to clean up, then `shoal up`."
         ) from error
 

@@ -69,10 +69,10 @@ def up_plan(
         Storage(plan.storage).check()
         _check_serve_port(plan)
         marker = state_dir(plan.project) / STARTING_NAME
-        write_json(marker, {"cluster_id": plan.cluster_id, "run_dir": str(plan.run_dir)})
-        starting.private_dir(starting.runtime_root())
+        write_json(marker, {"cluster_id": plan.cluster_id})
+        starting.private_dir(cluster_info.runtime_root())
         # One start at a time per user: the ports of one are written down before the next chooses.
-        with FileLock(starting.runtime_root() / "lock", timeout_s=_LOCK_TIMEOUT_S):
+        with FileLock(cluster_info.runtime_root() / "lock", timeout_s=_LOCK_TIMEOUT_S):
             info = starting.start(plan, say)
         _record(info)
         marker.unlink()
@@ -94,13 +94,13 @@ def down(project: Path, *, say: Callable[[str], None] = _log.info) -> bool:
         return False
     with _lock(project):
         found = _claims(project)
-        for cluster_id, run_dir in found:
+        for cluster_id in found:
             if os.environ.get(processes.CLUSTER_ID) == cluster_id:
                 raise RequestError(
                     "`shoal down` was called from inside the cluster it would stop; call it from a shell"
                 )
             say(f"stopping cluster {cluster_id[:8]}")
-            starting.abandon(cluster_id, run_dir)
+            starting.abandon(cluster_id)
         _forget(project)
         return bool(found)
 
@@ -168,30 +168,35 @@ def _recover(project: Path, say: Callable[[str], None]) -> ClusterInfo | None:
                 f"{_ANSWER_TIMEOUT_S:.0f} s. Try again when the machine is less busy; `shoal doctor` says "
                 f"more; `shoal down` ends it, with every run on it."
             )
-    for cluster_id, run_dir in _claims(project):
+    for cluster_id in _claims(project):
         say(f"cleaning up cluster {cluster_id[:8]}, which no longer runs")
-        starting.abandon(cluster_id, run_dir)
+        starting.abandon(cluster_id)
     _forget(project)
     return None
 
 
-def _claims(project: Path) -> list[tuple[str, Path]]:
-    """Ids and folders of every cluster of this project: by its records, and by processes that name it."""
-    claims = {}
+def _claims(project: Path) -> list[str]:
+    """The id of every cluster of this project: by its records, and by processes that name it."""
+    claims: dict[str, None] = {}  # in order, each once
     for name in (cluster_info.RECORD_NAME, STARTING_NAME):
         path = state_dir(project) / name
         try:
-            record = json.loads(path.read_text())
-            claims[str(record["cluster_id"])] = Path(record["run_dir"])
+            claims[_checked_id(json.loads(path.read_text())["cluster_id"])] = None
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             _log.warning("%s cannot be read (%s); its cluster is found by its processes", path, error)
     record_path = state_dir(project) / cluster_info.RECORD_NAME
     for cluster_id, claimed in processes.claims():
         if claimed == record_path:
-            claims.setdefault(cluster_id, starting.runtime_root() / cluster_id[:8])
-    return list(claims.items())
+            with suppress(ValueError):
+                claims[_checked_id(cluster_id)] = None
+    return list(claims)
+
+
+def _checked_id(found: str) -> str:
+    cluster_info.run_dir_of(found)
+    return found
 
 
 def _forget(project: Path) -> None:

@@ -52,13 +52,8 @@ class StartPlan:
 
     @property
     def run_dir(self) -> Path:
-        """This cluster's private folder; short, because unix sockets live below it."""
-        return runtime_root() / self.cluster_id[:8]
-
-
-def runtime_root() -> Path:
-    """The folder of this user's clusters under /tmp (not TMPDIR: on some machines too long for sockets)."""
-    return Path("/tmp") / f"shoal-{os.getuid()}"
+        """This cluster's private folder."""
+        return cluster_info.run_dir_of(self.cluster_id)
 
 
 def start(plan: StartPlan, say: Callable[[str], None]) -> ClusterInfo:
@@ -70,7 +65,7 @@ def start(plan: StartPlan, say: Callable[[str], None]) -> ClusterInfo:
     Raises:
         ClusterError: it does not start, does not answer in time, or would listen beyond this machine.
     """
-    private_dir(runtime_root())
+    private_dir(cluster_info.runtime_root())
     for _ in range(_MAX_START_TRIES):
         private_dir(plan.run_dir)
         ports = _reserve_ports(plan)
@@ -78,7 +73,7 @@ def start(plan: StartPlan, say: Callable[[str], None]) -> ClusterInfo:
             return _start_once(plan, ports, say)
         except _PortRace as race:
             _log.warning("starting again on other ports: %s", race)
-            abandon(plan.cluster_id, plan.run_dir)
+            abandon(plan.cluster_id)
         except BaseException:
             processes.stop(plan.cluster_id, grace_s=0.0, deadline_s=20.0)
             (plan.run_dir / _PORTS_RECORD).unlink(missing_ok=True)
@@ -89,20 +84,21 @@ def start(plan: StartPlan, say: Callable[[str], None]) -> ClusterInfo:
     )
 
 
-def abandon(cluster_id: str, run_dir: Path) -> None:
+def abandon(cluster_id: str) -> None:
     """End every process of a cluster and remove its folder. Safe to repeat, and for a cluster half started.
 
     Raises:
         ClusterError: a process does not end, even on SIGKILL.
+        ValueError: that is not the id of a cluster; nothing was done.
     """
+    run_dir = cluster_info.run_dir_of(cluster_id)
     left = processes.stop(cluster_id, grace_s=3.0, deadline_s=20.0)
     if left:
         raise ClusterError(
             f"these processes of cluster {cluster_id} do not end: {processes.describe(left)}. "
             f"They hang in the kernel or belong to another user; end them and run `shoal down` again."
         )
-    if run_dir.parent == runtime_root() and run_dir.is_dir() and not run_dir.is_symlink():
-        shutil.rmtree(run_dir, ignore_errors=True)
+    shutil.rmtree(run_dir, ignore_errors=True)  # which refuses a link
 
 
 def private_dir(path: Path) -> None:
@@ -113,13 +109,11 @@ def private_dir(path: Path) -> None:
     """
     with suppress(FileExistsError):
         path.mkdir(mode=0o700)
-    found = path.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise ClusterError(
-            f"{path} must be a folder of this user (uid {os.getuid()}), found "
-            f"{stat.filemode(found.st_mode)} of uid {found.st_uid}. Look who made it, and remove it."
-        )
-    if stat.S_IMODE(found.st_mode) != 0o700:
+    try:
+        cluster_info.check_private(path)
+    except ValueError as error:
+        raise ClusterError(f"{error}. Look who made it, and remove it.") from error
+    if stat.S_IMODE(path.lstat().st_mode) != 0o700:
         path.chmod(0o700)
 
 
@@ -229,8 +223,8 @@ def _describe(plan: StartPlan, ports: dict[str, int], token_path: Path) -> Clust
     for process in processes.find(plan.cluster_id):
         with suppress(psutil.Error):
             role = ray_edge.HEAD_PROCESSES.get(process.name())
-            if role is not None:
-                heads[role] = ProcessRef.of(process)
+            if role is not None and (head := ProcessRef.of(process.pid)) is not None:
+                heads[role] = head
     if heads.keys() != set(ray_edge.HEAD_PROCESSES.values()):
         raise ClusterError(
             f"cluster {plan.name!r} answered and then lost a head process (left: {sorted(heads)}). "
@@ -270,7 +264,7 @@ def _reachable(host: str) -> str:
 def _reserve_ports(plan: StartPlan) -> dict[str, int]:
     """Choose ports and write them down where this user's other clusters look; call under the user's lock."""
     taken = []
-    for path in runtime_root().glob(f"*/{_PORTS_RECORD}"):
+    for path in cluster_info.runtime_root().glob(f"*/{_PORTS_RECORD}"):
         with suppress(OSError, ValueError, KeyError):
             taken.append(int(json.loads(path.read_text())["block"]))
     chosen = port_plan.choose(serve_port=plan.serve_port, taken_blocks=taken)
@@ -285,7 +279,7 @@ def _reserve_ports(plan: StartPlan) -> dict[str, int]:
 
 
 def _write_token(run_dir: Path) -> Path:
-    path = run_dir / "token"
+    path = run_dir / cluster_info.TOKEN_NAME
     path.unlink(missing_ok=True)
     # O_EXCL and the mode at creation: there is no moment at which another user could read or plant it.
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

@@ -34,14 +34,14 @@ class Owner:
     def here(cls) -> Owner:
         """The calling process."""
         pid = os.getpid()
-        started = _start_ticks(pid)
-        return cls(machine=_machine(), boot=_boot(), pid=pid, started=started or 0)
+        started = start_ticks(pid)
+        return cls(machine=_machine(), boot=boot_id(), pid=pid, started=started or 0)
 
     def is_gone(self) -> bool | None:
         """Whether the process has ended; None when it ran where we cannot look."""
         if self.machine != _machine():
             return None
-        return self.boot != _boot() or _start_ticks(self.pid) != self.started
+        return self.boot != boot_id() or start_ticks(self.pid) != self.started
 
 
 def temporary_path(target: Path) -> Path:
@@ -71,8 +71,11 @@ def _newest_change(path: Path) -> float:
     return newest
 
 
-def _start_ticks(pid: int) -> int | None:
-    """Start of a living process in clock ticks since boot; None when there is none."""
+def start_ticks(pid: int) -> int | None:
+    """Start of a living process in clock ticks since boot; None when there is none.
+
+    Unlike a time of day, which psutil counts from the boot time that the kernel moves with the clock, it stays.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
@@ -88,5 +91,6 @@ def _machine() -> str:
     return hashlib.sha256(f"{socket.gethostname()} {namespace}".encode()).hexdigest()[:8]
 
 
-def _boot() -> str:
+def boot_id() -> str:
+    """8 hex digits of the kernel's boot id: another one after every boot."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")[:8]
