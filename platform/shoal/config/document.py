@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,9 @@ from shoal.errors import ConfigError, Problem
 
 ENV_PREFIX = "SHOAL_SET_"
 _MAX_FILE_BYTES = 2**20
+_MAX_MERGED_KEYS = 10_000
+"""Keys that ``<<`` may copy: nested merges of a small file would fill any memory."""
+_MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
@@ -21,6 +25,10 @@ class _Loader(yaml.SafeLoader):
 
     PyYAML reads YAML 1.1, where ``no`` is false, ``1:30`` is 90, ``1e-3`` is text and ``010`` is 8.
     """
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        _check_merges(node)  # here an alias is still the same node in two places; constructing copies
+        return super().construct_document(node)
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -117,6 +125,8 @@ def read_document(path: Path) -> Document:
     try:
         loader = _Loader(content)
         node = loader.get_single_node()
+        # First, because constructing moves what ``<<`` names into the nodes, where it looks like a repetition.
+        repeated = list(_repeated_keys(node, (), set())) if node is not None else []
         values = loader.construct_document(node) if node is not None else None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
@@ -130,7 +140,7 @@ def read_document(path: Path) -> Document:
         raise wrong("empty; the least it needs is `version: 1` and `name: my-cluster`")
     if not isinstance(node, yaml.MappingNode) or not isinstance(values, dict):
         raise wrong("must be a mapping of sections, such as `train: {workers: 1..4}`")
-    return Document(values=values, node=node, problems=list(_repeated_keys(node, (), set())))
+    return Document(values=values, node=node, problems=repeated)
 
 
 def apply_overrides(document: Document, overrides: Sequence[str], env: Mapping[str, str]) -> None:
@@ -159,10 +169,56 @@ def _child(node: yaml.Node | None, key: str) -> tuple[int, yaml.Node] | None:
         item = node.value[int(key)]
         return item.start_mark.line + 1, item
     if isinstance(node, yaml.MappingNode):
-        for name, value in node.value:
+        for name, value in reversed(
+            node.value
+        ):  # what a mapping merges with ``<<`` comes before its own keys
             if str(name.value) == key:
                 return name.start_mark.line + 1, value
     return None
+
+
+def _check_merges(root: yaml.Node) -> None:
+    """Count what ``<<`` will copy, without copying it.
+
+    Raises:
+        ConstructorError: a mapping merges itself, or all together copy more than `_MAX_MERGED_KEYS` keys.
+    """
+    sizes: dict[int, float] = {}
+
+    def size(mapping: yaml.MappingNode) -> float:
+        """Number of keys of the mapping once those that it merges are in it."""
+        if id(mapping) not in sizes:
+            sizes[id(mapping)] = math.inf  # while it is looked at: coming back here is a circle
+            merged = [value for name, value in mapping.value if name.tag == _MERGE_TAG]
+            sources = [inner for value in merged for inner in (value, *_items(value))]
+            sizes[id(mapping)] = len(mapping.value) + sum(
+                size(source) for source in sources if isinstance(source, yaml.MappingNode)
+            )
+        return sizes[id(mapping)]
+
+    num_copied = 0.0
+    for node in _nodes(root):
+        if isinstance(node, yaml.MappingNode):
+            num_copied += size(node) - len(node.value)
+            if num_copied > _MAX_MERGED_KEYS:
+                problem = f"merge keys (<<) copy more than {_MAX_MERGED_KEYS} keys, or a mapping into itself"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+def _nodes(root: yaml.Node) -> list[yaml.Node]:
+    """Every node once, however many aliases lead to it."""
+    nodes, seen = [root], {id(root)}
+    for node in nodes:  # which grows meanwhile
+        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else []
+        for part in parts + _items(node):
+            if id(part) not in seen:
+                seen.add(id(part))
+                nodes.append(part)
+    return nodes
+
+
+def _items(node: yaml.Node) -> list[yaml.Node]:
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
 
 
 def _repeated_keys(node: yaml.Node, path: Keys, seen: set[int]) -> Iterator[Problem]:
