@@ -51,6 +51,14 @@ BAD: dict[str, tuple[str, list[str]]] = {
         "tune:\n  trials: 3\n  trials: 4",
         ["tune.trials: given twice, first on line 4; keep one (line 5)"],
     ),
+    "key twice, and merged": (
+        "pools:\n  a: &a {cpu: 1}\n  b: {<<: *a, cpu: 2,\n    cpu: 3}",
+        ["pools.b.cpu: given twice, first on line 5; keep one (line 6)"],
+    ),
+    "wrong value over a merged one": (
+        "pools:\n  a: &a {cpu: 1}\n  b:\n    <<: *a\n    cpu: many",
+        ["pools.b.cpu: must be a whole number (found 'many', line 7)"],
+    ),
     "section twice": (
         "head: {cpu: 1}\nhead: {cpu: 2}",
         ["head: given twice, first on line 3; keep one (line 4)"],
@@ -373,6 +381,29 @@ def test_anchors_that_grow_without_bound_are_refused_quickly(read: Read) -> None
         read(LEAST + f"a0: &a0 [x]\n{levels}\nloop: &loop [*loop]")
     assert len(caught.value.problems) == 31
     assert len(str(caught.value)) < 10_000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a0: &a0 {x: 1, y: 1}\n"
+        + "\n".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}" for i in range(1, 30)),
+        "a: &a {" + ", ".join(f"k{i}: 1" for i in range(1000)) + "}\nb: {<<: [" + "*a, " * 10_000 + "]}",
+        "a: &a {x: 1, <<: [" + "*a, " * 10 + "]}",
+        "a: &a {x: 1, <<: &b {<<: *a}}",
+    ],
+    ids=["nested", "wide", "in itself", "in a circle"],
+)
+def test_merges_that_grow_without_bound_are_refused_quickly(text: str, read: Read) -> None:
+    with pytest.raises(
+        ConfigError, match=r"merge keys \(<<\) copy more than 10000 keys, or a mapping into itself"
+    ):
+        read(LEAST + text)
+
+
+def test_an_override_has_the_same_bounds(read: Read) -> None:
+    with pytest.raises(ConfigError, match=r"train\.workers: the value is not valid YAML"):
+        read(LEAST, overrides=["train.workers=&a {x: 1, <<: [*a, *a]}"])
 
 
 def test_checks_are_against_the_chosen_target(read: Read) -> None:

@@ -73,6 +73,11 @@ def test_an_override_changes_one_of_two_places_that_share_an_anchor(read: Read) 
     assert [config.pools[name].cpu for name in "abc"] == [8, 4, 4]
 
 
+def test_a_mapping_may_override_what_it_merges(read: Read) -> None:
+    config = read(LEAST + "pools:\n  a: &kind {cpu: 4, memory: 8Gi}\n  b: {<<: *kind, cpu: 16}")
+    assert [(pool.cpu, pool.memory) for pool in config.pools.values()] == [(4, 8 * 2**30), (16, 8 * 2**30)]
+
+
 def test_the_file_is_found_upward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cluster.yaml").write_text(LEAST)
     deep = tmp_path / "a" / "b"

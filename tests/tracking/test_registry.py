@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import pytest
@@ -194,6 +196,28 @@ class TestOnMlflow:
         with pytest.raises(CorruptError, match="its files are gone"):
             registry.resolve("digits@1")
         assert registry.models()
+
+    def test_threads_that_set_one_new_alias_all_get_their_way(self, backend, registry, monkeypatch):
+        registry.register("digits", write)
+        client, num_inside, most_inside = backend._store().client, 0, 0
+        both_looked = threading.Event()
+        set_alias = client.set_registered_model_alias
+
+        def overlap(model, alias, version):
+            nonlocal num_inside, most_inside
+            num_inside += 1
+            most_inside = max(most_inside, num_inside)
+            if num_inside > 1:
+                both_looked.set()
+            both_looked.wait(0.2)  # a second one that is let in comes now
+            set_alias(model, alias, version)
+            num_inside -= 1
+
+        monkeypatch.setattr(client, "set_registered_model_alias", overlap)
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(lambda _: registry.set_alias("digits", "champion", 1), range(3)))
+        assert most_inside == 1
+        assert registry.resolve("digits@champion").version == 1
 
     def test_bad_names_change_nothing(self, registry, storage):
         for arguments in ({"model": "A"}, {"model": "digits", "alias": "latest"}):

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from shoal.errors import TrackingError
+from shoal.errors import RequestError, TrackingError
 from shoal.storage import FileLock, Storage
 from shoal.tracking import RunRecord, Tracker
+from shoal.tracking.delivery import Batch, Point
 from shoal.tracking.tracker import MAX_BACKOFF_S
 from waiting import DEADLINE_S
 
@@ -190,6 +191,29 @@ def test_values_and_names_that_a_store_finds_odd(seen, storage):
     assert seen.deliver().warnings == ()
     keys = {key for key, *_ in seen.runs()["digits-1"]["metrics"]}
     assert {"gräd_norm", "nan", "___x", "big"} <= keys
+
+
+def test_text_that_is_not_utf8_is_delivered_too(seen, storage):
+    finish(begin(storage, recipe="jobs.x:caf\udce9", fields={"note": "caf\udce9"}))
+    finish(begin(storage, name="digits-2"))
+    assert seen.deliver().warnings == ()
+    runs = seen.runs()
+    assert runs["digits-1"]["params"]["note"] == "caf?"
+    assert runs["digits-1"]["tags"]["shoal.recipe"] == "jobs.x:caf?"
+    assert runs["digits-2"]["state"] == "finished"
+
+
+@pytest.mark.slow
+def test_what_mlflow_cannot_hold_is_refused_and_no_outage(open_mlflow):
+    store = open_mlflow()
+    run_id = store.ensure_run(experiment="x", name="r", journal="1", start_ms=0, tags={})
+    cannot_be_held = [
+        Batch(metrics=(Point(key="loss", value=1.0, timestamp_ms=0, step=2**70),)),
+        Batch(params=(("note", "caf\udce9"),)),
+    ]
+    for batch in cannot_be_held:
+        with pytest.raises(RequestError, match="refused"):
+            store.log(run_id, batch)
 
 
 def test_more_than_one_batch_holds(seen, storage):

@@ -76,6 +76,16 @@ def test_experiment_is_the_sweep_or_the_recipe():
     assert experiment_name({}) == "shoal"
 
 
+def test_text_that_no_store_can_encode_is_made_legal():
+    odd = "caf\udce9"  # how Python shows a byte of the command line that is not UTF-8
+    (params,) = plan_params({"fields": {"note": odd}})
+    (tags,) = plan_tags({"shoal.recipe": odd})
+    assert params.params == (("note", "caf?"),)
+    assert tags.tags == (("shoal.recipe", "caf?"),)
+    assert experiment_name({"recipe": f"jobs.x:{odd}"}) == "caf?"
+    assert clean_key(odd) == "caf_"
+
+
 def test_start_tags_leave_out_what_is_not_known():
     assert start_tags({"kind": "start", "workers": 2, "host": "", "attempt": 1}) == {
         "shoal.attempt": "1",

@@ -72,26 +72,27 @@ def plan_params(identity: Mapping[str, Any]) -> list[Batch]:
     fields = identity.get("fields", {})
     rest = {f"identity.{key}": value for key, value in identity.items() if key != "fields"}
     params = [
-        (clean_key(key), _text(value)[:MAX_PARAM_LENGTH]) for key, value in [*_leaves(fields), *_leaves(rest)]
+        (clean_key(key), clean_text(value)[:MAX_PARAM_LENGTH])
+        for key, value in [*_leaves(fields), *_leaves(rest)]
     ]
     return [Batch(params=chunk) for chunk in _chunks(params, MAX_PARAMS)]
 
 
 def plan_tags(tags: Mapping[str, str]) -> list[Batch]:
     """The batches with ``tags``."""
-    entries = [(clean_key(key), value[:MAX_TAG_LENGTH]) for key, value in tags.items()]
+    entries = [(clean_key(key), clean_text(value)[:MAX_TAG_LENGTH]) for key, value in tags.items()]
     return [Batch(tags=chunk) for chunk in _chunks(entries, MAX_TAGS)]
 
 
 def start_tags(event: Event) -> dict[str, str]:
     """What a ``start`` line says about where and from what the run was started."""
     names = ("attempt", "workers", "host", "source", "revision")
-    return {f"shoal.{name}": _text(event[name]) for name in names if event.get(name) not in (None, "")}
+    return {f"shoal.{name}": clean_text(event[name]) for name in names if event.get(name) not in (None, "")}
 
 
 def experiment_name(identity: Mapping[str, Any], *, sweep: str | None = None) -> str:
     """The MLflow experiment a run belongs to: its sweep, else its recipe's name, else ``shoal``."""
-    return (sweep or str(identity.get("recipe") or "shoal").rpartition(":")[2])[:MAX_KEY_LENGTH]
+    return clean_text(sweep or str(identity.get("recipe") or "shoal").rpartition(":")[2])[:MAX_KEY_LENGTH]
 
 
 def clean_key(name: str) -> str:
@@ -103,16 +104,19 @@ def clean_key(name: str) -> str:
     return key
 
 
+def clean_text(value: Any) -> str:
+    """``value`` as text that every store can encode; what is not text becomes JSON."""
+    # Bytes of a command line that are not UTF-8 are lone surrogates in Python, which UTF-8 cannot hold.
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text.encode("utf-8", "replace").decode()
+
+
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping) and value:
         for key, inner in value.items():
             yield from _leaves(inner, f"{path}.{key}" if path else str(key))
     elif path:
         yield path, value
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _chunks(entries: list[T], size: int) -> Iterator[tuple[T, ...]]:

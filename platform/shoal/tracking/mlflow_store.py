@@ -6,6 +6,7 @@ One process per storage may open MLflow's sqlite store: several that migrate a n
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -80,11 +81,14 @@ class MlflowStore:
             code = getattr(error, "error_code", "")
             if code == "RESOURCE_DOES_NOT_EXIST":
                 raise NotFoundError(message) from error
-            if code == "INVALID_PARAMETER_VALUE":
+            if code == "INVALID_PARAMETER_VALUE" or _cannot_hold(error):
                 raise RequestError(f"MLflow at {self.uri} refused: {message}") from error
             raise self._trouble(message) from error
         except Exception as error:  # sqlalchemy, requests, alembic: whatever the store is made of
-            raise self._trouble(_without_secret(repr(error), self._raw_uri, self.uri)) from error
+            message = _without_secret(repr(error), self._raw_uri, self.uri)
+            if _cannot_hold(error):
+                raise RequestError(f"MLflow at {self.uri} refused: {message}") from error
+            raise self._trouble(message) from error
 
     # Runs
 
@@ -189,6 +193,19 @@ class MlflowStore:
 def without_credentials(uri: str) -> str:
     """``uri`` without user and password, for messages."""
     return re.sub(r"//[^/@]*@", "//", uri)
+
+
+def _cannot_hold(error: BaseException | None) -> bool:
+    """Whether what was sent is to blame: text or a number that cannot be stored, for all that the store answers.
+
+    MLflow and sqlalchemy wrap such an error, so its causes are looked at too. What ``requests`` raises, and an
+    answer that is no JSON, are of the server, though some of them are ValueErrors.
+    """
+    while error is not None and not isinstance(error, OSError | json.JSONDecodeError):
+        if isinstance(error, ValueError | OverflowError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _without_secret(text: str, raw_uri: str, shown_uri: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -155,7 +156,10 @@ class Registry:
 
 
 class RegistryStore:
-    """The registry on the tracker's side; the one writer. Methods as in `Registry`, each a single step."""
+    """The registry on the tracker's side; the one writer. Methods as in `Registry`, each a single step.
+
+    Safe to use from several threads, as the tracker's actor does.
+    """
 
     def __init__(
         self,
@@ -169,18 +173,20 @@ class RegistryStore:
         self._storage = storage
         self._run_id = run_id
         self._clock = clock
+        # MLflow looks before it inserts: of two threads that set a new alias, one would get an IntegrityError.
+        self._writing = threading.Lock()
 
     def reserve(self, model: str, *, writer: Mapping[str, Any], run: str | None) -> int:
         """The number of a new version that nobody sees yet, for the process ``writer`` to fill."""
         check_model_name(model)
         store = self._store()
-        self._ensure_model(store, model)
-        self._collect(store, model)
         tags = {_STATE_TAG: _PENDING, _WRITER_TAG: _writer_text(writer)}
         if run is not None:
             tags[_RUN_TAG] = run
         taken: list[int] = []
-        with store.translated():
+        with self._writing, store.translated():
+            self._ensure_model(store, model)
+            self._collect(store, model)
             while True:
                 made = store.client.create_model_version(
                     model,
@@ -205,23 +211,25 @@ class RegistryStore:
         if not (directory / MANIFEST).is_file():
             raise StorageError(f"{directory} holds no committed model; {model}@{version} is not registered")
         store = self._store()
-        with store.translated():
+        with self._writing, store.translated():
             for key, value in {**tags, _STATE_TAG: _READY}.items():  # the state last: it publishes
                 store.client.set_model_version_tag(model, str(version), clean_key(key), value)
 
     def abandon(self, model: str, version: int) -> None:
         """Give up a reserved version and what was written of it. One that is ready or gone stays as it is."""
         store = self._store()
-        for found in store.all_pages(store.client.search_model_versions, f"name='{check_model_name(model)}'"):
-            if int(found.version) == version and found.tags.get(_STATE_TAG) == _PENDING:
-                self._remove(store, model, version)
+        filter_string = f"name='{check_model_name(model)}'"
+        with self._writing:
+            for found in store.all_pages(store.client.search_model_versions, filter_string):
+                if int(found.version) == version and found.tags.get(_STATE_TAG) == _PENDING:
+                    self._remove(store, model, version)
 
     def set_alias(self, model: str, alias: str, version: int) -> None:
         """Point ``alias`` at a ready ``version``, replacing where it pointed in one step."""
         check_alias(alias)
         self.resolve(f"{model}@{version}")
         store = self._store()
-        with store.translated():
+        with self._writing, store.translated():
             store.client.set_registered_model_alias(model, alias, str(version))
 
     def delete_alias(self, model: str, alias: str) -> None:
@@ -229,7 +237,7 @@ class RegistryStore:
         check_alias(alias)
         self.resolve(f"{model}@{alias}")
         store = self._store()
-        with store.translated():
+        with self._writing, store.translated():
             store.client.delete_registered_model_alias(model, alias)
 
     def resolve(self, spec: str) -> ResolvedModel:

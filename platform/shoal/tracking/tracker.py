@@ -23,6 +23,7 @@ from shoal.errors import (
 from shoal.storage import FileLock, Storage, read_json, write_json
 from shoal.tracking.delivery import (
     Batch,
+    clean_text,
     experiment_name,
     plan_metrics,
     plan_params,
@@ -319,7 +320,7 @@ class Tracker:
             name=record.name,
             journal=progress.journal,
             start_ms=int(first["t"] * 1000),
-            tags={key: value for key, value in tags.items() if value},
+            tags={key: clean_text(value) for key, value in tags.items() if value},
         )
         for batch in plan_params(identity):
             self._log(store, record.name, run_id, batch)
