@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from shoal.errors import StorageError
 from shoal.storage import Storage
 from shoal.tracking import RunRecord, RunState
 from shoal.train import checkpoints
+from shoal.train.driver import prepare
 from shoal.train.engine import train_worker
 from shoal.train.group import Group
 from shoal.train.spec import RunSpec
@@ -51,6 +53,18 @@ def test_a_run_records_what_happened_and_learns(tmp_path: Path) -> None:
     assert frame["val_accuracy"].dropna().iloc[-1] > 0.8
     assert {"loss", "samples_per_s", "lr", "val_loss"} <= set(frame.columns)
     assert [event["kind"] for event in record.events(("start", "end"))] == ["start", "end"]
+
+
+def test_a_run_is_private_also_in_a_storage_folder_that_is_not(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    before = os.umask(0o022)
+    try:
+        prepare(spec_of(tmp_path))
+        record = train(spec_of(tmp_path))
+    finally:
+        os.umask(before)
+    made = [record.dir.parent, record.dir, *record.dir.rglob("*")]
+    assert [path for path in made if path.stat().st_mode & 0o077] == []
 
 
 def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path: Path) -> None:

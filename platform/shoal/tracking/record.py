@@ -96,7 +96,6 @@ class RunRecord:
             StorageError: it cannot be written.
         """
         asked = json.loads(json.dumps(dict(identity)))  # as it will be read back: tuples become lists
-        self.dir.mkdir(parents=True, exist_ok=True)
         if create_json(self._identity_path, asked):
             return True
         found = read_json(self._identity_path)
