@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import shoal
-from shoal.errors import StorageError
+from shoal.errors import RecipeError, StorageError
 from shoal.storage import Storage
 from shoal.tracking import RunRecord, RunState
 from shoal.train import checkpoints
@@ -65,6 +65,18 @@ def test_a_run_is_private_also_in_a_storage_folder_that_is_not(tmp_path: Path) -
         os.umask(before)
     made = [record.dir.parent, record.dir, *record.dir.rglob("*")]
     assert [path for path in made if path.stat().st_mode & 0o077] == []
+
+
+@pytest.mark.parametrize("eval_every", [0, -1])
+def test_steps_between_looks_are_one_or_more(eval_every: int) -> None:
+    class Never(Toy):
+        eval_every: int = 0
+
+    for make in (Toy, Never):
+        with pytest.raises(RecipeError, match=rf"{make.__name__}: eval_every .*found {eval_every}"):
+            make(eval_every=eval_every)
+    with pytest.raises(RecipeError, match="found 0"):
+        Never()
 
 
 def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path: Path) -> None:
