@@ -85,7 +85,8 @@ class Recipe:
             def loss(self, model, batch): ...
 
     Raises (when a subclass or an instance is made):
-        RecipeError: a field hides a name of Recipe, is unknown, or has a value of the wrong type.
+        RecipeError: a field hides a name of Recipe, is unknown, or has a value of the wrong type, or ``eval_every``
+            is below 1.
     """
 
     objective: ClassVar[Objective] = minimize("loss")
@@ -96,7 +97,7 @@ class Recipe:
     batch_size: int = 32
     """Samples per step over all workers together, whatever their number."""
     eval_every: int = 100
-    """Steps between two looks at the validation data; there is always one at the end."""
+    """Steps between two looks at the validation data, 1 or more; there is always one at the end."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -180,7 +181,13 @@ def _validated(cls: type[Recipe], values: dict[str, Any]) -> dict[str, Any]:
         model = _fields_model(cls).model_validate(values)
     except ValidationError as err:
         raise RecipeError(_explain(cls, err)) from None
-    return {name: getattr(model, name) for name in type(model).model_fields}
+    found = {name: getattr(model, name) for name in type(model).model_fields}
+    if found["eval_every"] < 1:  # here, since a subclass may declare it anew
+        raise RecipeError(
+            f"{cls.__name__}: eval_every is a number of steps, 1 or more (found {found['eval_every']}). To look at "
+            f"the validation data at the end only, make it as large as the run's steps"
+        )
+    return found
 
 
 def _fields_model(cls: type[Recipe]) -> type[BaseModel]:

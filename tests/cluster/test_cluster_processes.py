@@ -130,7 +130,7 @@ def test_the_token_is_private_from_the_start_and_never_the_same(tmp_path: Path) 
 
 def test_haproxy_dies_with_whoever_started_it(spawn: Spawn, tmp_path: Path) -> None:
     config = tmp_path / "haproxy.cfg"
-    config.write_text("stats socket /x mode 666 level admin\nbind :1\nbind *:2\nbind 127.0.0.1:3\n")
+    config.write_text("stats socket /x mode 666 level admin\ndefaults\nbind :1\nbind *:2\nbind 127.0.0.1:3\n")
     fake = tmp_path / "fake"
     fake.write_text("#!/bin/sh\nexec sleep 60\n")
     fake.chmod(0o700)

@@ -106,6 +106,14 @@ def test_haproxys_template_has_the_lines_that_we_mend() -> None:
     )
 
 
+def test_haproxys_template_leaves_the_time_for_headers_open_and_bounds_idle_connections() -> None:
+    template, haproxy = (source(f"serve/_private/{name}.py") for name in ("haproxy_templates", "haproxy"))
+    assert re.findall(r"(?m)^defaults$", template) == ["defaults"]
+    assert re.findall(r"(?m)^    timeout_http_request_s: .* = (\w+)$", haproxy) == ["None", "None"]
+    assert "return self.http_options.keep_alive_timeout_s" in haproxy
+    assert "http-buffer-request" not in template + haproxy  # with it, the time would be for bodies too
+
+
 def test_the_dashboard_asks_the_gcs_for_its_status_each_time() -> None:
     text = source("dashboard/modules/reporter/reporter_head.py")
     _, _, after = text.partition(f'@routes.get("{ray_edge.STATUS_PATH}")')
@@ -218,6 +226,9 @@ def test_ray_can_be_told_to_read_its_environment_again() -> None:
 CONFIG = """\
 global
     stats socket /run/a mode 666 level admin expose-fd listeners
+defaults
+    mode http
+    timeout client 3600s
 frontend prometheus
     bind :20013
 frontend http_frontend
@@ -233,6 +244,15 @@ def test_mending_closes_the_side_doors() -> None:
     assert "mode 600 level admin" in mended
 
 
+def test_mending_bounds_the_time_for_headers() -> None:
+    mended = haproxy_launch.mend(CONFIG, ["20012", "20013"], "127.0.0.1:20011")
+    assert "defaults\n    timeout http-request 10s\n    mode http\n" in mended
+    own = CONFIG.replace("timeout client", "timeout http-request 5s\n    timeout client")
+    assert re.findall(
+        r"timeout http-request (\S+)", haproxy_launch.mend(own, ["20012", "20013"], "127.0.0.1:20011")
+    ) == ["5s"]
+
+
 def test_mending_twice_changes_nothing() -> None:
     mended = haproxy_launch.mend(CONFIG, ["20012", "20013"], "127.0.0.1:20011")
     assert haproxy_launch.mend(mended, ["20012", "20013"], "127.0.0.1:20011") == mended
@@ -246,10 +266,11 @@ def test_mending_twice_changes_nothing() -> None:
         ("bind :20013", "bind :9101"),
         ("mode 666", "mode 644"),
         ("bind *:20012", "bind [::]:20012"),
+        ("defaults", "defaults unnamed"),
     ],
 )
 def test_what_is_not_as_expected_is_refused(old: str, new: str) -> None:
-    with pytest.raises(ValueError, match=r"bind|stats socket"):
+    with pytest.raises(ValueError, match=r"bind|stats socket|defaults"):
         haproxy_launch.mend(CONFIG.replace(old, new), ["20012", "20013"], "127.0.0.1:20011")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -78,6 +79,17 @@ def test_every_listener_is_on_loopback_with_an_app_that_serves(served: ClusterIn
     known = set(served.ports.values())
     fixed = {item.port for item in found if item.port < 32768}
     assert fixed <= known, "a fixed port that is not per cluster"
+
+
+def test_headers_must_come_in_time_and_bodies_need_not(served: ClusterInfo) -> None:
+    wait_until(lambda: fetch(served.serve_url) == "hello", f"{served.serve_url} answers")
+    there = ("127.0.0.1", served.serve_port)
+    with socket.create_connection(there, 60) as upload, socket.create_connection(there, 60) as slow:
+        upload.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 2\r\n\r\na")
+        slow.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX: ")
+        assert slow.makefile("rb").read().startswith(b"HTTP/1.1 408")  # blocks until HAProxy has had enough
+        upload.sendall(b"b")
+        assert upload.makefile("rb").read().startswith(b"HTTP/1.1 200")
 
 
 def test_record_and_token_are_private(running: ClusterInfo) -> None:

@@ -159,6 +159,20 @@ BAD: dict[str, tuple[str, list[str]]] = {
             "(found 's3://b/p', line 3)"
         ],
     ),
+    "nobody's folder": (
+        "storage: ~no-such-user/x",
+        [
+            "storage: nobody here is called 'no-such-user'; write a folder such as .shoal "
+            "(found '~no-such-user/x', line 3)"
+        ],
+    ),
+    "NUL": (
+        'storage: "a\\0b"',
+        [
+            "storage: a folder's name holds no NUL character; write a folder such as .shoal "
+            "(found 'a\\x00b', line 3)"
+        ],
+    ),
     "tracking": (
         "tracking: mlruns",
         [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,10 +16,11 @@ import torch
 from torch import nn
 
 import shoal
-from shoal.errors import StorageError
+from shoal.errors import RecipeError, StorageError
 from shoal.storage import Storage, verify
 from shoal.tracking import RunRecord, RunState
 from shoal.train import boundary, checkpoints
+from shoal.train.driver import prepare
 from shoal.train.engine import train_worker
 from shoal.train.group import Group
 from shoal.train.run import Run
@@ -69,6 +71,30 @@ class Declining(Toy):
             with torch.no_grad():
                 session.model[0].weight *= 1.05
             session.step()
+
+
+def test_a_run_is_private_also_in_a_storage_folder_that_is_not(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    before = os.umask(0o022)
+    try:
+        prepare(spec_of(tmp_path))
+        record = train(spec_of(tmp_path))
+    finally:
+        os.umask(before)
+    made = [record.dir.parent, record.dir, *record.dir.rglob("*")]
+    assert [path for path in made if path.stat().st_mode & 0o077] == []
+
+
+@pytest.mark.parametrize("eval_every", [0, -1])
+def test_steps_between_looks_are_one_or_more(eval_every: int) -> None:
+    class Never(Toy):
+        eval_every: int = 0
+
+    for make in (Toy, Never):
+        with pytest.raises(RecipeError, match=rf"{make.__name__}: eval_every .*found {eval_every}"):
+            make(eval_every=eval_every)
+    with pytest.raises(RecipeError, match="found 0"):
+        Never()
 
 
 def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path: Path) -> None:

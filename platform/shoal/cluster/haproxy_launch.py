@@ -17,11 +17,15 @@ import sys
 
 _PR_SET_PDEATHSIG = 1
 _LOOPBACK = "127.0.0.1"
+_HEADERS_TIMEOUT_S = 10
+"""For a request's headers. Ray sets none, so a client may take an hour, and 4,096 connections that drip headers
+lock everybody else out. A body may take longer, since HAProxy buffers none; nor does this end idle connections,
+for which Ray sets a time."""
 _BIND = r"(?m)^\s*bind\s+(\S+)"
 
 
 def mend(text: str, side_ports: list[str], serve: str) -> str:
-    """Return the configuration with statistics and metrics on loopback and the admin socket private.
+    """Return the configuration with statistics and metrics on loopback, the admin socket private, slow headers cut.
 
     ``side_ports`` are the ports of the statistics and metrics pages, ``serve`` is "host:port" where the
     applications answer; nothing else may listen.
@@ -39,6 +43,11 @@ def mend(text: str, side_ports: list[str], serve: str) -> str:
     text = re.sub(r"(?m)^(\s*stats socket \S+ mode) 666\b", r"\g<1> 600", text)
     if not re.search(r"(?m)^\s*stats socket \S+ mode 600\b", text):
         raise ValueError("no `stats socket ... mode 600` line")
+    if not re.search(r"(?m)^\s*timeout http-request ", text):
+        limit = f"    timeout http-request {_HEADERS_TIMEOUT_S}s\n"
+        text, found = re.subn(r"(?m)^(defaults[ \t]*\n)", rf"\g<1>{limit}", text)
+        if found != 1:
+            raise ValueError(f"{found} sections `defaults`")
     return text
 
 

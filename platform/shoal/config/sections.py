@@ -43,6 +43,14 @@ def _check(holds: bool, message: str) -> None:
 def _storage(value: str) -> str:
     _check(value.strip() != "", "empty; write a folder such as .shoal")
     _check("://" not in value, "only folders so far, no object stores; write a folder such as .shoal")
+    _check("\0" not in value, "a folder's name holds no NUL character; write a folder such as .shoal")
+    try:
+        Path(value).expanduser()
+    except RuntimeError:
+        _check(
+            False,
+            f"nobody here is called {value.split('/')[0].removeprefix('~')!r}; write a folder such as .shoal",
+        )
     return value
 
 

@@ -15,7 +15,7 @@ from shoal.storage.commit import (
     newest_verified,
     verify,
 )
-from shoal.storage.disk import Disk
+from shoal.storage.disk import Disk, make_directories
 from shoal.storage.files import create_json, read_json, write_json
 from shoal.storage.identity import claim, differences
 from shoal.storage.journal import MAX_LINE_BYTES, append_line, read_lines
@@ -41,6 +41,7 @@ __all__ = [
     "create_json",
     "differences",
     "discard",
+    "make_directories",
     "newest_verified",
     "read_json",
     "read_lines",

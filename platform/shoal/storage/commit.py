@@ -123,7 +123,7 @@ def copy_committed(source: Path, directory: Path, *, disk: Disk = LOCAL_DISK) ->
     def write(folder: Path) -> None:
         try:
             for path in manifest.files:
-                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                make_directories((folder / path).parent)
                 shutil.copyfile(source / path, folder / path, follow_symlinks=False)
             _compare(folder, manifest)
         except FileNotFoundError as error:

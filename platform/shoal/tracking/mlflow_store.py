@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from shoal.errors import NotFoundError, RequestError, ShoalError, TrackingError
+from shoal.storage import make_directories
 from shoal.tracking.delivery import Batch
 
 JOURNAL_TAG = "shoal.journal"
@@ -60,7 +61,7 @@ class MlflowStore:
         self._is_server = uri.startswith(("http://", "https://"))
         self._artifacts_dir = artifacts_dir
         if uri.startswith("sqlite:///"):
-            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+            make_directories(Path(uri.removeprefix("sqlite:///")).parent)
         from mlflow.tracking import MlflowClient
 
         with self.translated():

@@ -15,7 +15,7 @@ import torch
 from shoal.errors import CorruptError, RecipeError, ShoalError, StorageError
 from shoal.models import load_tensors, save_tensors
 from shoal.recipe import Objective
-from shoal.storage import collect_orphans, commit, discard, newest_verified, read_json
+from shoal.storage import collect_orphans, commit, discard, make_directories, newest_verified, read_json
 from shoal.train.state import Flat, flatten, snapshot, unflatten
 
 MODEL_FILE = "model.safetensors"
@@ -180,7 +180,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._failure: ShoalError | None = None
         self._best: tuple[int, float] | None = None
-        parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_directories(parent)
         collect_orphans(parent)
 
     @property

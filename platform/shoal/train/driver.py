@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from shoal.capacity import Resources, grant, snapshot
 from shoal.config.values import Range
 from shoal.errors import DeadlineExceeded
-from shoal.storage import FileLock
+from shoal.storage import FileLock, make_directories
 from shoal.tracking import RunRecord, RunState, being_trained
 from shoal.train.run import Run
 from shoal.train.spec import RunSpec
@@ -188,5 +188,5 @@ def train_on_worker(config: dict[str, Any]) -> None:
 def _ray_folder(spec: RunSpec) -> Path:
     """Where Ray Train may leave its own small files; nothing of ours is read from there."""
     folder = spec.storage.root / "ray"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_directories(folder)
     return folder

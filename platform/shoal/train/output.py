@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from shoal.storage import make_directories
+
 MAX_LOG_BYTES = 64 * 2**20
 """A rank's log that has grown beyond this starts anew at the next attempt; the old one is kept as ``.1``."""
 
@@ -23,7 +25,7 @@ def captured_output(path: Path) -> Iterator[None]:
 
     Put back on exit, because Ray gives the process other work afterwards.
     """
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_directories(path.parent)
     if path.exists() and path.stat().st_size > MAX_LOG_BYTES:
         path.replace(path.with_suffix(".log.1"))
     log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
