@@ -21,9 +21,9 @@ from shoal.errors import (
     RecipeError,
     ShoalError,
 )
-from shoal.models import load_tensors
+from shoal.models import ModelPackage, load_tensors
 from shoal.recipe import Datasets, recipe_ref
-from shoal.storage import FileLock, create_json, read_json, verify
+from shoal.storage import FileLock, create_json, read_json
 from shoal.tracking import RunRecord
 from shoal.train.checkpoints import (
     CheckpointWriter,
@@ -194,7 +194,7 @@ class _Keeper:
                 f"was to go on, is gone from {self._record.checkpoints_dir} or damaged; start another run"
             )
         if self._spec.init_from is not None:
-            _load_weights(session, self._spec.init_from)
+            _load_weights(session, self._spec.init_from, expect=self._spec.init_from_name)
             return "init_from"
         return "fresh"
 
@@ -381,8 +381,8 @@ def _warn_of_changed_code(record: RunRecord, spec: RunSpec) -> None:
         )
 
 
-def _load_weights(session: Session, package: Path) -> None:
-    verify(package)
+def _load_weights(session: Session, package: Path, *, expect: str | None) -> None:
+    ModelPackage.open(package, expect=expect)
     try:
         session.model.load_state_dict(load_tensors(package / "model.safetensors"))
     except RuntimeError as err:
