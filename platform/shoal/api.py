@@ -363,18 +363,18 @@ class Model:
         """A new module with the weights, in eval mode on the CPU.
 
         Raises:
-            CorruptError: its files were changed.
+            CorruptError: its files were changed, or exchanged with another version's.
             RecipeError, NotFoundError: its recipe is gone or no longer takes these weights.
         """
         from shoal.models import ModelPackage
 
-        return ModelPackage.open(self.path).load()
+        return ModelPackage.open(self.path, expect=self.name).load()
 
     def predict(self, dataset: Dataset[Any], *, batch_size: int = 256) -> Tensor:
         """The model's outputs for every sample of a map-style dataset, in its order. Errors as for `load`."""
         from shoal.models import ModelPackage
 
-        return ModelPackage.open(self.path).predict(dataset, batch_size=batch_size)
+        return ModelPackage.open(self.path, expect=self.name).predict(dataset, batch_size=batch_size)
 
     def __repr__(self) -> str:
         aliases = "".join(f" @{alias}" for alias in self.aliases)

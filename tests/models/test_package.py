@@ -15,10 +15,12 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from shoal.api import Model
 from shoal.errors import CorruptError, NotFoundError, RecipeError, RequestError, ShoalError, StorageError
 from shoal.models import Lineage, ModelPackage, write_package
 from shoal.recipe import load_recipe
 from shoal.storage import Disk, Manifest, commit, verify
+from shoal.tracking import ResolvedModel
 
 LINEAGE = Lineage(
     recipe="models_project:Small",
@@ -65,6 +67,20 @@ def rewrite(directory: Path, added: Mapping[str, str] | None = None, **descripti
 
     commit(directory.parent / "changed", copy, meta={"kind": "model"})
     return directory.parent / "changed"
+
+
+def test_exchanged_folders_are_noticed(package: Path) -> None:
+    assert ModelPackage.open(package, expect="small@3").name == "small@3"
+    exchanged = package.rename(package.with_name("2"))
+    with pytest.raises(CorruptError, match=r"2 holds small@3, not small@2: were folders exchanged\?"):
+        ModelPackage.open(exchanged, expect="small@2")
+
+
+def test_the_registry_s_models_are_what_they_are_called(package: Path) -> None:
+    exchanged = Model(ResolvedModel(model="small", version=2, path=package.rename(package.with_name("2"))))
+    for use in (exchanged.load, lambda: exchanged.predict(TensorDataset(torch.ones(2, 3)))):
+        with pytest.raises(CorruptError, match="holds small@3, not small@2"):
+            use()
 
 
 def test_the_model_comes_back_with_everything(package: Path) -> None:

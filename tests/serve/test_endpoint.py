@@ -17,7 +17,7 @@ from PIL import Image
 
 from jobs.digits import Digits as DigitsRecipe
 from serve_apps.digits import Digits
-from shoal.errors import ClusterError, CorruptError, RequestError
+from shoal.errors import ClusterError, CorruptError
 from shoal.models import Lineage, write_package
 from shoal.serve.core.gate import Limits
 from shoal.serve.core.picture import open_picture
@@ -256,7 +256,7 @@ def test_a_bad_package_leaves_the_version_before(endpoint: Digits, tmp_path: Pat
 
 
 def test_a_package_of_another_model_is_refused(endpoint: Digits, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="digits@2, not digits@9"):
+    with pytest.raises(CorruptError, match="digits@2, not digits@9"):
         endpoint.load(write_version(tmp_path, 2), expect=("digits", 9))
     assert endpoint.loaded is not None
     assert endpoint.loaded.version == 1

@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 import shoal
-from shoal.errors import RecipeError, StorageError
+from shoal.errors import CorruptError, RecipeError, StorageError
 from shoal.storage import Storage, verify
 from shoal.tracking import RunRecord, RunState
 from shoal.train import boundary, checkpoints
 from shoal.train.driver import prepare
 from shoal.train.engine import train_worker
+from shoal.train.export import write_run_package
 from shoal.train.group import Group
 from shoal.train.run import Run
 from shoal.train.spec import RunSpec
@@ -250,12 +251,20 @@ def test_a_full_disk_keeps_training_and_fails_only_where_the_last_checkpoint_can
 
 def test_init_from_starts_from_another_models_weights(tmp_path: Path) -> None:
     first = train(spec_of(tmp_path, name="first"))
-    package = checkpoints.checkpoint_path(first.checkpoints_dir, 60)
+    package = tmp_path / "models" / "toy" / "1"
+    write_run_package(Run(first), package, model="toy", version=1)
     record = train(spec_of(tmp_path, init_from=package, init_from_name="toy@1", target_steps=1))
     start = record.events(("start",))[0]
     assert (start["source"], start["step"]) == ("init_from", 0)
     change = weights_of(record, 1)["0.weight"] - weights_of(first, 60)["0.weight"]
     assert 0 < change.abs().max() < 0.2, "one step away from the weights it started from"
+
+
+def test_init_from_another_version_than_asked_for_is_refused(tmp_path: Path) -> None:
+    package = tmp_path / "models" / "toy" / "1"
+    write_run_package(Run(train(spec_of(tmp_path, name="first"))), package, model="toy", version=2)
+    with pytest.raises(CorruptError, match="holds toy@2, not toy@1"):
+        train(spec_of(tmp_path, init_from=package, init_from_name="toy@1"))
 
 
 def test_two_attempts_never_train_one_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,12 +61,14 @@ class ModelPackage:
     manifest: Manifest = field(repr=False)
 
     @classmethod
-    def open(cls, directory: Path) -> ModelPackage:
+    def open(cls, directory: Path, *, expect: str | None = None) -> ModelPackage:
         """The package in ``directory``, after comparing every byte with its manifest. Runs no code of it.
+
+        ``expect`` is the version that it must hold, such as ``digits@3``; None takes any.
 
         Raises:
             NotFoundError: there is no such directory.
-            CorruptError: its files were changed, or it is not a model.
+            CorruptError: its files were changed, it is not a model, or it holds another version than expected.
             StorageError: it cannot be read.
         """
         if not directory.exists():
@@ -77,9 +79,16 @@ class ModelPackage:
         match read_json(directory / DESCRIPTION):
             case {"format": 1, "model": str(model), "version": int(version), "lineage": lineage}:
                 try:
-                    return cls(directory, model, version, Lineage.from_dict(lineage), manifest)
+                    package = cls(directory, model, version, Lineage.from_dict(lineage), manifest)
                 except ValueError as error:
                     reason = str(error)
+                else:
+                    if expect not in (None, package.name):
+                        raise CorruptError(
+                            f"{directory} holds {package.name}, not {expect}: were folders exchanged? Nothing of "
+                            "it is used; put each version back into its own folder"
+                        )
+                    return package
             case _:
                 reason = f"shoal reads format {FORMAT} with model, version and lineage"
         raise CorruptError(f"{directory / DESCRIPTION} does not describe a model: {reason}")

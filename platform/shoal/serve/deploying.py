@@ -69,7 +69,8 @@ def deploy(
     name = name or module.rpartition(".")[2]
     serve_settings(info)
     user_config = resolve(info, model)
-    package = ModelPackage.open(Path(user_config["path"]))
+    resolved = f"{user_config['model']}@{user_config['version']}"
+    package = ModelPackage.open(Path(user_config["path"]), expect=resolved)
     with _changing(info, timeout_s=deadline_s) as running:
         before = running.get(name)
         running[name] = app_config(name, import_path, user_config, running.values(), before=before)

@@ -19,7 +19,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from shoal.errors import ClusterError, RequestError, ShoalError
+from shoal.errors import ClusterError, ShoalError
 from shoal.serve.core import picture, upload
 from shoal.serve.core.answer import Answer, Refusal
 from shoal.serve.core.batch import Batcher
@@ -137,16 +137,14 @@ class Endpoint:
         the version before goes on answering. ``expect`` is the (model, version) that the package must hold.
 
         Raises:
-            CorruptError, StorageError: the package does not verify or cannot be read.
-            RequestError: the package holds another model than expected.
+            CorruptError: the package does not verify, or holds another version than expected.
+            StorageError: it cannot be read.
         """
         from shoal.models import ModelPackage
 
         try:
-            package = ModelPackage.open(path)
+            package = ModelPackage.open(path, expect=f"{expect[0]}@{expect[1]}" if expect else None)
             loaded = Loaded(package.model, package.version, package.load(), package)
-            if expect is not None and (loaded.model, loaded.version) != expect:
-                raise RequestError(f"the package at {path} holds {loaded.name}, not {expect[0]}@{expect[1]}")
         except ShoalError as error:
             self._rejected = str(error)
             raise

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 
 from shoal.errors import IdentityError, RecipeError
-from shoal.models import load_tensors
+from shoal.models import ModelPackage, load_tensors
 from shoal.recipe import Datasets, recipe_ref
-from shoal.storage import create_json, read_json, verify
+from shoal.storage import create_json, read_json
 from shoal.tracking import RunRecord
 from shoal.train.checkpoints import Loaded, find_checkpoint, measured_at, read_checkpoint, step_of
 from shoal.train.fingerprint import fingerprint
@@ -67,7 +67,7 @@ def restore(session: Session, spec: RunSpec, record: RunRecord) -> Beginning:
             f"was to go on, is gone from {record.checkpoints_dir} or damaged; start another run"
         )
     if spec.init_from is not None:
-        _load_weights(session, spec.init_from)
+        _load_weights(session, spec.init_from, expect=spec.init_from_name)
         return Beginning(source="init_from", best=best)
     return Beginning(source="fresh", best=best)
 
@@ -171,8 +171,8 @@ def _load(session: Session, loaded: Loaded, spec: RunSpec, record: RunRecord) ->
                 )
 
 
-def _load_weights(session: Session, package: Path) -> None:
-    verify(package)
+def _load_weights(session: Session, package: Path, *, expect: str | None) -> None:
+    ModelPackage.open(package, expect=expect)
     try:
         session.model.load_state_dict(load_tensors(package / "model.safetensors"))
     except RuntimeError as err:
