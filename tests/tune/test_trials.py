@@ -174,6 +174,19 @@ def test_a_recipe_that_always_fails_is_not_tried_to_the_end(storage: Storage) ->
     assert "this model cannot be built" in trials.snapshot()[0].error
 
 
+def test_failures_end_nothing_while_a_trial_that_runs_may_do_better(storage: Storage) -> None:
+    trials = make_trials(storage, 16, Line(kind="broken"))
+    plan = make_plan(storage, Line(kind="broken"))
+    assert trials.next() is not None
+    trials.started(1)
+    for number in range(2, 2 + HOPELESS_AFTER + 1):
+        trial = trials.next()
+        assert trial is not None, f"given up after {number - 2} failures"
+        TrialRun(plan.spec(trial.number, trial.fields)).next()
+        trials.ended(trial.number)
+    assert trials.next() is None
+
+
 def test_stop_hands_out_no_more_and_marks_what_runs(storage: Storage) -> None:
     trials = make_trials(storage)
     trial = trials.next()

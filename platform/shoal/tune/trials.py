@@ -16,7 +16,7 @@ from shoal.tune.search import Search
 from shoal.tune.trial import TrialPlan
 
 HOPELESS_AFTER = 3
-"""So many trials that failed with none that did better end a sweep: the next would fail too."""
+"""So many trials that failed, with none that did better or still may, end a sweep: the next would fail too."""
 _MAX_REDRAWS = 10
 """How often changed fields that do not go together are drawn anew."""
 
@@ -228,8 +228,11 @@ class Trials:
         return fields
 
     def _is_hopeless(self) -> bool:
-        done = [trial for trial in self._by_number.values() if trial.state.is_final]
-        return len(done) >= HOPELESS_AFTER and all(trial.state is TrialState.FAILED for trial in done)
+        states = [trial.state for trial in self._by_number.values()]
+        done = [state for state in states if state.is_final]
+        # One that runs may do better: it counts against a failure.
+        num_running = sum(state is TrialState.RUNNING for state in states)
+        return len(done) >= HOPELESS_AFTER + num_running and set(done) == {TrialState.FAILED}
 
     def _run(self, trial: Trial) -> RunRecord:
         return RunRecord(self._record.storage, trial.run)
