@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -249,10 +250,17 @@ def test_a_full_disk_keeps_training_and_fails_only_where_the_last_checkpoint_can
     assert "No space left" in record.events(("warning",))[0]["message"]
 
 
-def test_init_from_starts_from_another_models_weights(tmp_path: Path) -> None:
-    first = train(spec_of(tmp_path, name="first"))
+def trained_package(tmp_path: Path, *, version: int) -> tuple[RunRecord, Path]:
+    """A run and its model, in the folder of version 1 whatever its version."""
+    spec = spec_of(tmp_path, name="first")
+    prepare(spec)
     package = tmp_path / "models" / "toy" / "1"
-    write_run_package(Run(first), package, model="toy", version=1)
+    write_run_package(Run(train(spec)), package, model="toy", version=version)
+    return RunRecord(spec.storage, spec.name), package
+
+
+def test_init_from_starts_from_another_models_weights(tmp_path: Path) -> None:
+    first, package = trained_package(tmp_path, version=1)
     record = train(spec_of(tmp_path, init_from=package, init_from_name="toy@1", target_steps=1))
     start = record.events(("start",))[0]
     assert (start["source"], start["step"]) == ("init_from", 0)
@@ -261,8 +269,7 @@ def test_init_from_starts_from_another_models_weights(tmp_path: Path) -> None:
 
 
 def test_init_from_another_version_than_asked_for_is_refused(tmp_path: Path) -> None:
-    package = tmp_path / "models" / "toy" / "1"
-    write_run_package(Run(train(spec_of(tmp_path, name="first"))), package, model="toy", version=2)
+    _, package = trained_package(tmp_path, version=2)
     with pytest.raises(CorruptError, match="holds toy@2, not toy@1"):
         train(spec_of(tmp_path, init_from=package, init_from_name="toy@1"))
 
@@ -300,6 +307,29 @@ def test_a_best_checkpoint_that_was_damaged_is_no_longer_the_best(tmp_path: Path
     record = train(spec_of(tmp_path, Declining()))
     assert [event["path"] for event in record.events(("rejected",))] == ["checkpoints/step-0000000020"]
     verify(Run(record).best_checkpoint())
+
+
+def test_a_copy_that_somebody_made_of_a_checkpoint_is_left_alone(tmp_path: Path) -> None:
+    record = train(spec_of(tmp_path, target_steps=20))
+    copy = record.checkpoints_dir / "step-0000000020.bak"
+    shutil.copytree(record.checkpoints_dir / "step-0000000020", copy)
+    shutil.copytree(copy, record.checkpoints_dir / "step-0000000099")
+    record = train(spec_of(tmp_path))
+    assert record.state() == RunState.FINISHED
+    assert record.events(("start",))[-1]["step"] == 20
+    assert copy.is_dir()
+
+
+def test_a_mask_of_minus_infinity_is_no_broken_weight(tmp_path: Path) -> None:
+    class Masked(Toy):
+        def build_model(self) -> nn.Module:
+            model = super().build_model()
+            model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+            return model
+
+    record = train(spec_of(tmp_path, Masked()))
+    assert record.state() == RunState.FINISHED
+    assert len(record.events(("checkpoint",))) >= 1
 
 
 def test_a_checkpoint_whose_line_was_lost_with_its_process_is_found(tmp_path: Path) -> None:

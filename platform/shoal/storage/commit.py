@@ -155,10 +155,14 @@ def verify(directory: Path) -> Manifest:
 
 
 def newest_verified(
-    parent: Path, *, on_rejected: Callable[[Path, str], None]
+    parent: Path,
+    *,
+    on_rejected: Callable[[Path, str], None],
+    check: Callable[[Path, Manifest], None] = lambda *_: None,
 ) -> tuple[Path, Manifest] | None:
     """The last directory in ``parent``, by name, that verifies; None when there is none.
 
+    ``check`` may raise CorruptError about one that verifies but is not what the caller looks for.
     Every one tried and refused before it is passed to ``on_rejected`` with the reason, newest first, and
     left in place. Temporary directories and plain files are not looked at.
 
@@ -176,7 +180,9 @@ def newest_verified(
         if name.startswith("."):
             continue
         try:
-            return parent / name, verify(parent / name)
+            manifest = verify(parent / name)
+            check(parent / name, manifest)
+            return parent / name, manifest
         except CorruptError as error:
             if os.path.lexists(parent / name):  # else it was discarded meanwhile, which is no damage
                 on_rejected(parent / name, str(error))

@@ -140,7 +140,7 @@ def parse(line: bytes) -> Event | None:
             return None
         if "values" in event or event["kind"] in ("metrics", "eval"):
             event["values"] = {name: float(value) for name, value in event["values"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return None
     return dict(event)
 

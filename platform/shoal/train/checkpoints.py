@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -15,12 +16,23 @@ import torch
 from shoal.errors import CorruptError, RecipeError, ShoalError, StorageError
 from shoal.models import load_tensors, save_tensors
 from shoal.recipe import Objective
-from shoal.storage import collect_orphans, commit, discard, make_directories, newest_verified, read_json
+from shoal.storage import (
+    Manifest,
+    collect_orphans,
+    commit,
+    discard,
+    make_directories,
+    newest_verified,
+    read_json,
+)
 from shoal.train.state import Flat, flatten, snapshot, unflatten
 
 MODEL_FILE = "model.safetensors"
 REST_FILE = "rest.safetensors"
 STATE_FILE = "state.json"
+
+_NAME = re.compile(r"step-\d{10}")
+"""Anything else in the folder, such as a copy that somebody made, is left alone."""
 
 
 @dataclass
@@ -53,8 +65,9 @@ def take_snapshot(
         RecipeError: a parameter is NaN or infinite, or the optimizer keeps what cannot be saved without pickle.
     """
     tensors = {name: snapshot(t) for name, t in model.state_dict().items()}
+    trained = {name for name, _ in model.named_parameters()}  # a buffer may hold -inf: causal masks do
     for name, t in tensors.items():
-        if t.is_floating_point() and not torch.isfinite(t).all():
+        if name in trained and t.is_floating_point() and not torch.isfinite(t).all():
             raise RecipeError(
                 f"step {step}: the model's {name} is NaN or infinite, so nothing was saved at this step; "
                 "lower the learning rate or clip with session.step(max_grad_norm=...); earlier checkpoints are kept"
@@ -147,8 +160,13 @@ def find_checkpoint(parent: Path, on_rejected: Callable[[Path, str], None]) -> P
     """The newest checkpoint that verifies, or None. Each newer one that does not is reported and left alone."""
     if not parent.is_dir():
         return None
-    found = newest_verified(parent, on_rejected=on_rejected)
+    found = newest_verified(parent, on_rejected=on_rejected, check=_check_name)
     return found[0] if found else None
+
+
+def _check_name(directory: Path, manifest: Manifest) -> None:
+    if not _NAME.fullmatch(directory.name) or manifest.meta.get("step") != step_of(directory):
+        raise CorruptError(f"{directory} is whole, but not the checkpoint of the step that its name says")
 
 
 def plan_discard(steps: Iterable[int], *, keep: int, best: int | None) -> list[int]:
@@ -244,6 +262,7 @@ class CheckpointWriter:
     def _discard_old(self, newest: int) -> None:
         # Steps beyond the one just committed did not verify, or the run would have gone on from them: they
         # must not push out what does verify.
-        steps = [step for p in self._parent.glob("step-*") if p.is_dir() and (step := step_of(p)) <= newest]
+        there = [path for path in self._parent.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
+        steps = [step for path in there if (step := step_of(path)) <= newest]
         for step in plan_discard(steps, keep=self._keep, best=self._best[0] if self._best else None):
             discard(checkpoint_path(self._parent, step))

@@ -85,7 +85,7 @@ class Trial:
             number = int(plain.pop("trial"))
             source = Source(**plain.pop("source")) if "source" in plain else None
             return cls(number=number, state=TrialState(plain.pop("state")), source=source, **plain)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             return None
 
 
