@@ -257,6 +257,10 @@ class TestTrialsOfTwoWorkers:
     def test_a_killed_trial_takes_its_workers_with_it(self, cluster: ClusterInfo, tmp_path: Path) -> None:
         from ray.util.state import list_actors
 
+        def actors() -> set[int]:
+            return {actor.pid for actor in list_actors(filters=[("state", "=", "ALIVE")], limit=1000)}
+
+        others = actors()  # of Serve, say, which an earlier test started
         sweep = start_sweep(
             cluster,
             Line(flag_dir=str(tmp_path)),
@@ -271,7 +275,7 @@ class TestTrialsOfTwoWorkers:
         wait_for_victim(tmp_path)
         wait_until(lambda: bool(run.events(("checkpoint",))), "a commit to go on from")
         trial = json.loads(run.driver_lock_path.read_text())["pid"]
-        old = {actor.pid for actor in list_actors(filters=[("state", "=", "ALIVE")])}
+        old = actors() - others
         assert old > {trial, *run.events(("start",))[0]["pids"]}  # and their controller
         os.kill(trial, signal.SIGKILL)
         wait_until(lambda: not any(map(psutil.pid_exists, old)), "its controller and workers to be gone")
