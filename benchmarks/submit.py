@@ -49,17 +49,18 @@ def run_stock(folder: Path, out: Path) -> None:
 
 
 def run_shoal(folder: Path, out: Path) -> None:
-    from shoal.train.workers import run_workers
+    from shoal.config import Range
+    from shoal.train.workers import Workers
 
-    run_workers(
+    Workers(
         first_step,
         {"out": str(out)},
         name=out.stem,
-        num_workers=WORKERS,
+        workers=Range(WORKERS, WORKERS),
         resources_per_worker={"CPU": 1},
         max_failures=0,
         storage_path=folder,
-    )
+    ).run()
 
 
 def timed(run: Callable[[Path, Path], None], folder: Path, label: str) -> float:

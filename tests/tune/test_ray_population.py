@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from shoal.tracking import RunRecord
 from shoal.tune import TrialState, start_sweep
 from shoal.tune.record import SweepRecord
 from shoal.tune.space import loguniform, randint
+from waiting import wait_until
 
 if TYPE_CHECKING:
     from shoal.cluster import ClusterInfo
@@ -192,10 +192,10 @@ def test_a_killed_driver_repeats_no_finished_member_of_a_population(
     command = [sys.executable, str(HERE / "drive.py"), str(cluster.project), str(tmp_path), record.name]
     with subprocess.Popen(command, env=environment) as driver:
         try:
-            deadline = time.monotonic() + 90
-            while not any(trial.source and trial.state is TrialState.RUNNING for trial in record.trials()):
-                assert time.monotonic() < deadline, f"nobody was replaced: {record.trials()}"
-                time.sleep(0.02)
+            wait_until(
+                lambda: any(trial.source and trial.state is TrialState.RUNNING for trial in record.trials()),
+                lambda: f"a member to be replaced: {record.trials()}",
+            )
         finally:
             driver.kill()
     before = {trial.number: trial for trial in record.trials() if trial.state.is_final}
@@ -216,10 +216,10 @@ def test_a_member_that_finds_no_room_yet_holds_up_nobody(cluster: ClusterInfo) -
     other = start_sweep(
         cluster, Line(), SPACE, trials=1, concurrent=1, name="holds-a-cpu", scheduler="none", steps=10_000_000
     )
-    deadline = time.monotonic() + 60
-    while not any(trial.step > 0 for trial in other.trials):
-        assert time.monotonic() < deadline, f"the other sweep did not begin: {other.trials}"
-        time.sleep(0.05)
+    wait_until(
+        lambda: any(trial.step > 0 for trial in other.trials),
+        lambda: f"the other sweep to begin: {other.trials}",
+    )
     try:
         crowded = start_sweep(
             cluster, Line(), SPACE, trials=4, concurrent=4, name="crowded", scheduler="pbt", steps=60

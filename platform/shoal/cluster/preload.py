@@ -1,10 +1,11 @@
 """What every waiting worker process imports before it has work (see `warm`); importing this module does it.
 
 The imports take 3.5 CPU-seconds, mostly while a run trains on every core. At normal priority they cost that run
-40 % of its speed while they last, at nice 15 still 25 % (2 cores, gloo, 2026-11): a worker that waits for its
-peer must have its core back at once, and only SCHED_IDLE gives it back at once. So they run in a thread of that
-class, and the process waits for the thread. On an idle core they are as fast as ever; on one that is never idle
-they are promoted after a while, so that whoever was given this process does not wait for ever.
+40 % of its speed while they last, at nice 15 still 30 %, in SCHED_IDLE a sixth (2 cores, gloo, 2026-11): a worker
+that waited for its peer then has its core back at once, though not its caches. So they run in a thread of that
+class, late (`shoal.train.ray_edge`), and the process waits for the thread. On an idle core they are as fast as
+ever; on one that is never idle they are promoted after a while, so that whoever was given this process does not
+wait for ever.
 """
 
 import importlib

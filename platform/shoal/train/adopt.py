@@ -11,6 +11,8 @@ from shoal.train.spec import Source
 
 logger = logging.getLogger(__name__)
 
+_CHECKPOINTS = f"step-{'[0-9]' * 10}"
+"""Not a copy that somebody made beside them: the run would not find it under such a name."""
 _ATTEMPTS = 3
 """A run that trains on deletes its old checkpoints, perhaps what is being copied; then there are newer ones."""
 
@@ -27,7 +29,7 @@ def adopt_checkpoint(source: RunRecord, target: RunRecord) -> Source:
     """
     discard_leftovers(target)
     for _ in range(_ATTEMPTS):
-        for path in sorted(source.checkpoints_dir.glob("step-*"), reverse=True):
+        for path in sorted(source.checkpoints_dir.glob(_CHECKPOINTS), reverse=True):
             try:
                 manifest = copy_committed(path, target.checkpoints_dir / path.name)
             except CorruptError as err:

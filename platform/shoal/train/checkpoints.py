@@ -32,7 +32,7 @@ REST_FILE = "rest.safetensors"
 STATE_FILE = "state.json"
 
 _NAME = re.compile(r"step-\d{10}")
-"""Anything else in the folder, such as a copy that somebody made, is left alone."""
+"""Anything else in the folder, such as a copy that somebody made, is never used and never deleted."""
 
 
 @dataclass

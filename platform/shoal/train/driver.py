@@ -31,9 +31,8 @@ def launch(spec: RunSpec, *, workers: Range, resources_per_worker: Resources, re
         StorageError: the storage is full or not writable.
     """
     if finished_run(spec, RunRecord(spec.storage, spec.name)) is None:
-        grant(
-            snapshot(), workers, resources_per_worker
-        )  # refuses what can never start: nothing is written yet
+        # Refuses what can never start, while nothing is written yet.
+        grant(snapshot(), workers, resources_per_worker)
     record = prepare(spec)
     finished = finished_run(spec, record)
     if finished is not None:

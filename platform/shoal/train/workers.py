@@ -229,25 +229,3 @@ class Workers:
             f"restart(s) were allowed (`train: retries`). The last committed checkpoint is kept: the run goes on "
             f"from it when it is started again. Last failure: {error}"
         )
-
-
-def run_workers(
-    fn: Callable[[dict[str, Any]], None],
-    config: dict[str, Any],
-    *,
-    name: str,
-    num_workers: int,
-    resources_per_worker: Resources,
-    max_failures: int,
-    storage_path: Path,
-) -> None:
-    """`Workers.run` on exactly ``num_workers`` workers, for callers that never abort."""
-    Workers(
-        fn,
-        config,
-        name=name,
-        workers=Range(num_workers, num_workers),
-        resources_per_worker=resources_per_worker,
-        max_failures=max_failures,
-        storage_path=storage_path,
-    ).run()
