@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,15 @@ def go_on(tmp_path: Path, recipe: shoal.Recipe, source: RunRecord, steps: int = 
 
 def loaded(record: RunRecord, step: int) -> Loaded:
     return read_checkpoint(checkpoint_path(record.checkpoints_dir, step))
+
+
+def test_a_copy_that_stands_beside_the_checkpoints_is_not_adopted(tmp_path: Path) -> None:
+    source = train(spec_of(tmp_path, "source", Tuned()))
+    newest = max(source.checkpoints_dir.glob("step-*"))
+    shutil.copytree(newest, newest.with_name(f"{newest.name}.bak"))
+    target = RunRecord(Storage(tmp_path), "next")
+    adopt_checkpoint(source, target)
+    assert [path.name for path in target.checkpoints_dir.iterdir()] == [newest.name]
 
 
 def test_with_the_same_fields_it_is_the_run_it_came_from(tmp_path: Path) -> None:
