@@ -59,9 +59,9 @@ async def _pixels(request: Request) -> Any:
     return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
 
 
-def stock(args: dict[str, Any]) -> serve.Application:
-    """Nothing but the defaults."""
-    return serve.deployment(HandWritten, name="stock").bind(args["package"])
+def default(args: dict[str, Any]) -> serve.Application:
+    """Nothing but the defaults: at most 5 requests in a replica, and a router that backs off up to 0.5 s beyond."""
+    return serve.deployment(HandWritten, name="default").bind(args["package"])
 
 
 def tuned(args: dict[str, Any]) -> serve.Application:
@@ -75,12 +75,13 @@ def batched(args: dict[str, Any]) -> serve.Application:
 
 
 def main(package: str, port: int) -> None:
-    """Serve `stock` on Ray's default proxy in a cluster of its own until standard input ends."""
+    """Serve `default` and `tuned` on Ray's default proxy in a cluster of its own until standard input ends."""
     import ray
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run(stock({"package": package}), name="stock", route_prefix="/")
+    for build in (default, tuned):
+        serve.run(build({"package": package}), name=build.__name__, route_prefix=f"/{build.__name__}")
     print("ready", flush=True)
     sys.stdin.read()
     serve.shutdown()
@@ -88,5 +89,5 @@ def main(package: str, port: int) -> None:
 
 
 if __name__ == "__main__":
-    assert "RAY_SERVE_ENABLE_HA_PROXY" not in os.environ, "the stock peer runs on Ray's default proxy"
+    assert "RAY_SERVE_ENABLE_HA_PROXY" not in os.environ, "the stock peers run on Ray's default proxy"
     main(sys.argv[1], int(sys.argv[2]))
