@@ -434,10 +434,14 @@ def test_a_random_metric_does_not_change_the_training(tmp_path: Path) -> None:
 
 def test_parameters_that_a_batch_does_not_use_get_a_zero_gradient() -> None:
     from shoal.train.reduce import GradientBuckets
+    from shoal.train.scheme import fast
 
     model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
-    buckets = GradientBuckets(model.parameters(), Group.alone())
-    buckets.zero()
+    scheme = fast(model, Group.alone())
+    buckets = GradientBuckets(
+        model.parameters(), scheme.parts, scheme.exchange, device=torch.device("cpu"), riders={}
+    )
+    buckets.begin(0)
     model[0](torch.ones(1, 2)).sum().backward()
     assert model[1].weight.grad is not None
     assert model[1].weight.grad.abs().sum() == 0
@@ -459,3 +463,54 @@ def test_captured_output_leaves_logging_alone(tmp_path: Path) -> None:
     handler.flush()
     assert not handler.stream.closed
     assert "hello" in (tmp_path / "rank-0.log").read_text()
+
+
+def test_exact_refuses_what_it_cannot_keep(tmp_path: Path) -> None:
+    class Compiled(Toy):
+        def build_model(self) -> nn.Module:
+            return nn.Sequential(torch.compile(super().build_model(), backend="eager"))  # type: ignore[arg-type]
+
+    record = train(spec_of(tmp_path, Compiled(), shards=4))
+    assert "exact: the model is compiled" in error_of(record)
+    record = train(spec_of(tmp_path, name="many", shards=13))
+    assert "exact: batch_size=12 cannot be divided into 13 shards" in error_of(record)
+
+
+def test_an_exact_run_and_a_fast_one_are_two_runs(tmp_path: Path) -> None:
+    fast, exact, finer = (spec_of(tmp_path, shards=shards).identity() for shards in (None, 4, 8))
+    assert fast["exact"] is False
+    assert "shards" not in fast
+    assert (exact["exact"], exact["shards"]) == (True, 4)
+    assert exact != finer
+
+
+def test_a_buffer_that_nobody_changes_keeps_its_bits_in_an_exact_run(tmp_path: Path) -> None:
+    third = torch.full((7,), 1 / 3)
+
+    class Fixed(Toy):
+        def build_model(self) -> nn.Module:
+            model = super().build_model()
+            model.register_buffer("third", third.clone())
+            model.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+            return model
+
+    record = train(spec_of(tmp_path, Fixed(), shards=5))
+    assert record.state() == RunState.FINISHED
+    weights = weights_of(record, 60)
+    assert torch.equal(weights["third"], third)
+    assert weights["mask"].tolist() == [0.0, float("-inf")]
+    assert weights["1.num_batches_tracked"] == 60, "each shard sees one batch per step"
+
+
+def test_in_an_exact_run_a_worker_takes_a_step_after_its_last_shard(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+
+    class Watched(Toy):
+        def train(self, session: shoal.Session) -> None:
+            for batch in session.batches():
+                seen.append((session.steps_done, len(batch[0])))
+                session.backward(session.loss(batch))
+                session.step()
+
+    train(spec_of(tmp_path, Watched(batch_size=11), shards=3, target_steps=2))
+    assert seen == [(0, 3), (0, 4), (0, 4), (1, 3), (1, 4), (1, 4)]

@@ -2,44 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from projects import ROOT
 from shoal.storage import Storage
 from shoal.tracking import RunRecord, RunState
-from shoal.train.checkpoints import checkpoint_path
+from trainees import fingerprint_of, train
 
-STEPS = 100
-TRAINEE = Path(__file__).with_name("trainee.py")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-def train(num_workers: int, storage: Path, *names: str, kill: str = "") -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT / 'platform'}:{ROOT / 'tests'}:{TRAINEE.parent}",
-        "SHOAL_TEST_KILL": kill,
-        "OMP_NUM_THREADS": "1",
-    }
-    agent = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_workers}"]
-    how = agent if num_workers > 1 else []
-    command = [sys.executable, *how, str(TRAINEE), str(storage), str(STEPS), *names]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-
-
-def fingerprint_of(storage: Path, name: str) -> str:
-    """SHA-256 over parameters, optimizer, scheduler and every rank's random state at the last step."""
-    folder = checkpoint_path(RunRecord(Storage(storage), name).checkpoints_dir, STEPS)
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3])

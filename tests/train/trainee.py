@@ -1,6 +1,6 @@
 """Train runs one after the other, alone or under torchrun: ``trainee.py STORAGE STEPS NAME...``, a test's subprocess.
 
-``SHOAL_TEST_KILL=rank:step`` kills that rank with SIGKILL in the middle of that step of the last one.
+``SHOAL_TEST_SHARDS=n`` makes them exact, of n shards. ``SHOAL_TEST_KILL=rank:step`` kills that rank with SIGKILL in the middle of that step of the last one.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ from shoal.train.group import torchrun_group
 from shoal.train.spec import RunSpec
 from toy import Toy
 from waiting import wait_until
+
+
+BATCH_SIZE = 20
+"""Not a multiple of the number of shards, and each has two samples at least: BatchNorm needs them."""
 
 
 class KilledToy(Toy):
@@ -44,12 +48,13 @@ def main() -> None:
         for name in names:
             is_victim = bool(os.environ.get("SHOAL_TEST_KILL")) and name == names[-1]
             spec = RunSpec(
-                recipe=KilledToy() if is_victim else Toy(),
+                recipe=KilledToy(batch_size=BATCH_SIZE) if is_victim else Toy(batch_size=BATCH_SIZE),
                 name=name,
                 storage=Storage(storage),
                 target_steps=steps,
                 checkpoint_every_s=0.05,
                 threads=1,
+                shards=int(shards) if (shards := os.environ.get("SHOAL_TEST_SHARDS")) else None,
             )
             train_worker(spec, group)
     left = [

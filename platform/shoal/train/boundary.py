@@ -11,7 +11,6 @@ from shoal.train.cadence import Cadence
 from shoal.train.checkpoints import CheckpointWriter, Snapshot, take_snapshot
 from shoal.train.group import Group
 from shoal.train.resume import Beginning, facts
-from shoal.train.seeds import capture_random_state
 from shoal.train.session import Session
 from shoal.train.spec import RunSpec
 
@@ -120,7 +119,7 @@ class RunBoundary:
             return
         self._saved_step = session.steps_done
         self._wait_written()
-        random_states = self._group.gather(capture_random_state())
+        random_states = session.random_states()
         if self._writer is not None:
             self._writer.submit(
                 take_snapshot(

@@ -64,6 +64,7 @@ def _train(spec: RunSpec, group: Group, record: RunRecord, on_eval: EvalListener
         seed=spec.seed,
         target_steps=spec.target_steps,
         precision=spec.precision,
+        shards=spec.shards,
     )
     check_data(record, data, group)
     beginning = restore(session, spec, record)

@@ -66,8 +66,25 @@ class Group:
             work: dist.Work = dist.all_reduce(tensor, async_op=True)
             return work
 
+    def start_exchange(
+        self, received: torch.Tensor, sent: torch.Tensor, *, receives: list[int], sends: list[int]
+    ) -> dist.Work:
+        """Begin to send each rank its slice of ``sent`` and to receive one from each; wait with `finish`.
+
+        Both are flat; ``sends`` and ``receives`` are the slices' lengths by rank.
+        """
+        with _peer_errors():
+            work: dist.Work = dist.all_to_all_single(received, sent, receives, sends, async_op=True)
+            return work
+
+    def start_gather(self, whole: torch.Tensor, mine: torch.Tensor) -> dist.Work:
+        """Begin to put every rank's ``mine`` into ``whole``, rank by rank; wait with `finish`. Equal lengths."""
+        with _peer_errors():
+            work: dist.Work = dist.all_gather_single(whole, mine, async_op=True)
+            return work
+
     def finish(self, work: dist.Work | None) -> None:
-        """Block until what `start_sum` began is done."""
+        """Block until what a ``start_...`` began is done."""
         if work is not None:
             with _peer_errors():
                 work.wait()

@@ -10,26 +10,32 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from shoal.errors import RecipeError
 from shoal.recipe import Datasets
-from shoal.train.group import Group
 from shoal.train.order import DataOrder
 from shoal.train.seeds import derive_seed, seed_everything
 
 
 def training_loader(
-    data: Datasets, order: DataOrder, steps: range, group: Group, *, sample_seed: int
+    data: Datasets,
+    order: DataOrder,
+    steps: range,
+    shards: range,
+    num_shards: int,
+    *,
+    pin_memory: bool,
+    sample_seed: int,
 ) -> DataLoader[Any]:
-    """This rank's share of the batch of each of ``steps``, in order, on the CPU."""
+    """Each of ``shards`` of the batch of each of ``steps``, in this order, on the CPU."""
     if data.loader_workers > 0:
         dataset: Dataset[Any] = _Positioned(data.train, sample_seed)
-        batches: Iterable[list[Any]] = _StepBatches(order, steps, group)
-    else:  # random augmentation draws from the worker's own generators, which checkpoints hold
-        dataset, batches = data.train, _IdBatches(order, steps, group)
+        batches: Iterable[list[Any]] = _ShardBatches(order, steps, shards, num_shards)
+    else:  # random augmentation draws from this process's generators, which a resumed run gets back
+        dataset, batches = data.train, _IdBatches(order, steps, shards, num_shards)
     return DataLoader(
         dataset,
         batch_sampler=batches,
         collate_fn=data.collate or default_collate,
         num_workers=data.loader_workers,
-        pin_memory=group.device.type == "cuda",
+        pin_memory=pin_memory,
         generator=torch.Generator(),  # without one of its own, a loader draws from the training's
     )
 
@@ -46,20 +52,20 @@ def evaluation_loader(
     )
 
 
-class _StepBatches:
-    """A batch sampler: rank's (position, sample id) pairs, step by step."""
+class _ShardBatches:
+    """A batch sampler: (position, sample id) pairs, shard by shard and step by step."""
 
-    def __init__(self, order: DataOrder, steps: range, group: Group) -> None:
-        self._order, self._steps, self._group = order, steps, group
+    def __init__(self, order: DataOrder, steps: range, shards: range, num_shards: int) -> None:
+        self._order, self._steps, self._shards, self._num_shards = order, steps, shards, num_shards
 
     def __iter__(self) -> Iterator[list[Any]]:
-        return self._order.batches(self._steps.start, self._steps.stop, self._group.rank, self._group.size)
+        return self._order.batches(self._steps, self._shards, self._num_shards)
 
     def __len__(self) -> int:
-        return len(self._steps)
+        return len(self._steps) * len(self._shards)
 
 
-class _IdBatches(_StepBatches):
+class _IdBatches(_ShardBatches):
     """The sample ids alone: what the data set takes as it is, without a call of ours per sample."""
 
     def __iter__(self) -> Iterator[list[Any]]:

@@ -68,7 +68,7 @@ def plan_run(
         is_number = isinstance(checkpoint_every, int | float)
         every_s = Duration(float(checkpoint_every)) if is_number else Duration.parse(checkpoint_every)
     init_name = str(init_from) if init_from is not None else None
-    identity = identity_of(recipe, seed=seed, precision=precision, init_from=init_name)
+    identity = identity_of(recipe, seed=seed, precision=precision, shards=None, init_from=init_name)
     return RunSpec(
         recipe=recipe,
         name=name or run_name_of(identity),

@@ -23,11 +23,11 @@ class DataOrder:
     """Samples per step over all workers."""
     seed: int
 
-    def positions(self, step: int, rank: int, world_size: int) -> range:
-        """Positions in the sequence of rank's share of a step: contiguous, sizes differ by at most one."""
+    def positions(self, step: int, shard: int, num_shards: int) -> range:
+        """Positions in the sequence of a shard of a step: contiguous, sizes differ by at most one."""
         start = step * self.batch_size
-        begin = start + self.batch_size * rank // world_size
-        return range(begin, start + self.batch_size * (rank + 1) // world_size)
+        begin = start + self.batch_size * shard // num_shards
+        return range(begin, start + self.batch_size * (shard + 1) // num_shards)
 
     def epoch(self, number: int) -> list[int]:
         """The permutation of sample ids that is epoch ``number`` (from 0)."""
@@ -35,16 +35,15 @@ class DataOrder:
         ids: list[int] = torch.randperm(self.num_samples, generator=generator).tolist()
         return ids
 
-    def batches(
-        self, first_step: int, last_step: int, rank: int, world_size: int
-    ) -> Iterator[list[tuple[int, int]]]:
-        """Rank's (position, sample id) pairs of each step in ``[first_step, last_step)``."""
+    def batches(self, steps: range, shards: range, num_shards: int) -> Iterator[list[tuple[int, int]]]:
+        """The (position, sample id) pairs of each of ``shards`` of each step, in this order."""
         epoch_number, ids = -1, []
-        for step in range(first_step, last_step):
-            batch = []
-            for position in self.positions(step, rank, world_size):
-                if position // self.num_samples != epoch_number:
-                    epoch_number = position // self.num_samples
-                    ids = self.epoch(epoch_number)
-                batch.append((position, ids[position % self.num_samples]))
-            yield batch
+        for step in steps:
+            for shard in shards:
+                batch = []
+                for position in self.positions(step, shard, num_shards):
+                    if position // self.num_samples != epoch_number:
+                        epoch_number = position // self.num_samples
+                        ids = self.epoch(epoch_number)
+                    batch.append((position, ids[position % self.num_samples]))
+                yield batch

@@ -7,12 +7,13 @@ last bits (measured on gloo, 3 and 4 workers; pytorch 2.13). Here the layout is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
-from shoal.train.group import Group
+from shoal.train.exchange import Exchange, Pending
+from shoal.train.tree import Part
 
 BUCKET_BYTES = 25 * 2**20
 """Size at which a bucket is sent while the backward pass goes on; DDP's default (Li et al., VLDB 2020)."""
@@ -22,73 +23,134 @@ NUM_CONTROL = 3
 
 
 class _Bucket:
-    """One flat buffer whose slices are the gradients of some parameters of one dtype."""
+    """One flat buffer whose slices are the gradients of some parameters of one dtype, and riders behind them."""
 
-    def __init__(self, params: list[nn.Parameter], num_extra: int) -> None:
+    def __init__(
+        self,
+        params: list[nn.Parameter],
+        num_extra: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        multiple: int,
+    ) -> None:
         size = sum(p.numel() for p in params)
-        self.flat = torch.zeros(size + num_extra, dtype=params[0].dtype, device=params[0].device)
-        self.extra = self.flat[size:]
+        self.flat = torch.zeros(-(-(size + num_extra) // multiple) * multiple, dtype=dtype, device=device)
+        self.extra = self.flat[size : size + num_extra]
         self.views = {}
         offset = 0
         for p in params:
             self.views[p] = self.flat[offset : offset + p.numel()].view_as(p)
             offset += p.numel()
         self.num_waiting = len(params)
+        self.saved: list[torch.Tensor] = []
+        """Sums of this step's earlier parts that are not to be added to ``flat`` yet."""
+        self._spare: list[torch.Tensor] = []
+
+    def begin(self, part: Part) -> None:
+        """Make ready for the gradients of a part."""
+        if part.saves:
+            into = self._spare.pop() if self._spare else torch.empty_like(self.flat)
+            self.saved.append(into.copy_(self.flat))
+        if not part.joins:
+            self.flat.zero_()
+        self.num_waiting = len(self.views)
+        for p, view in self.views.items():
+            p.grad = view
+
+    def end(self, part: Part) -> None:
+        """Add what the tree adds once the part's gradients are there."""
+        for _ in range(part.num_additions):
+            earlier = self.saved.pop()
+            self.flat.add_(earlier)
+            self._spare.append(earlier)
+
+    def release(self) -> None:
+        """What was saved has been added up elsewhere."""
+        self._spare += self.saved
+        self.saved = []
 
 
 class GradientBuckets:
     """All gradients of a model as a few flat buffers, summed over the group.
 
-    Use, once per step: `zero`, backward (hooks send full buckets as they fill), `finish`. After `finish`
-    every ``p.grad`` holds the sum over ranks, and `finish` returns the control words' sums.
+    Use, per step and part of it: `begin`, `set_control`, backward (hooks send full buckets as they fill), `end`;
+    after the last part `finish`. Then every ``p.grad`` holds the sum over all parts of all ranks.
 
     Buckets are sent in one fixed order on every rank, so parameters that a batch does not use (their
     gradient is zero) cannot make ranks disagree.
+
+    Args:
+        parts: what this rank adds up in a step before it is sent.
+        exchange: how that is summed over ranks.
+        riders: how many further numbers, by dtype, are summed along; see ``rider``.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], group: Group) -> None:
-        self._group = group
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        parts: tuple[Part, ...],
+        exchange: Exchange,
+        *,
+        device: torch.device,
+        riders: Mapping[torch.dtype, int] | None = None,
+    ) -> None:
+        self._parts = parts
+        self._index = 0
+        self._exchange = exchange
         trained = [p for p in params if p.requires_grad]
-        # Reversed: the last layers' gradients are ready first.
-        self._buckets = [_Bucket(ps, 0) for ps in _split(list(reversed(trained)))]
         # The loss is summed in float32 whatever the model's precision, in a buffer of its own if it must.
-        last = self._buckets[-1] if self._buckets else None
-        if last is not None and last.flat.dtype == torch.float32:
-            self._buckets[-1] = last = _Bucket(list(last.views), NUM_CONTROL)
-            self._control, self._control_apart = last.extra, False
-        else:
-            self._control = torch.zeros(NUM_CONTROL, device=group.device)
-            self._control_apart = True
+        extra = dict(riders or {})
+        extra[torch.float32] = NUM_CONTROL + extra.get(torch.float32, 0)
+        # Reversed: the last layers' gradients are ready first.
+        groups = _split(list(reversed(trained)))
+        dtype_of_last = groups[-1][0].dtype if groups else None
+        kinds = [(ps, 0, ps[0].dtype) for ps in groups[:-1]]
+        if dtype_of_last is not None:
+            kinds.append((groups[-1], extra.pop(dtype_of_last, 0), dtype_of_last))
+        kinds += [([], size, dtype) for dtype, size in extra.items()]
+        self._buckets = [
+            _Bucket(ps, size, dtype=dtype, device=device, multiple=exchange.multiple)
+            for ps, size, dtype in kinds
+        ]
+        carriers = {bucket.flat.dtype: bucket.extra for bucket in self._buckets if bucket.extra.numel()}
+        self._control = carriers[torch.float32][:NUM_CONTROL]
+        self.rider = {**carriers, torch.float32: carriers[torch.float32][NUM_CONTROL:]}
+        """By dtype, a buffer to *add* to between `begin` and backward; after `finish` it holds the sum."""
         self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.views}
-        self._work: list[torch.distributed.Work | None] = []
-        # One worker has nothing to send; its gradients are the buffers' slices all the same, so that parameters
-        # a batch does not use are treated alike (a zero gradient) on any number of workers.
-        watched = trained if group.size > 1 else []
+        self._num_done = 0
+        self._pending: list[Pending] = []
+        # With nothing to do while the backward pass goes on there is no need to watch it; the gradients are the
+        # buffers' slices all the same, so that parameters a batch does not use are treated alike (a zero gradient)
+        # on any number of workers.
+        watched = trained if exchange.is_remote else []
         self._hooks = [p.register_post_accumulate_grad_hook(self._on_ready) for p in watched]  # type: ignore[no-untyped-call]
 
-    def zero(self) -> None:
-        """Set all gradients to zero and make every ``p.grad`` a slice of its buffer again."""
-        self._work = []
+    def begin(self, index: int) -> None:
+        """Make every ``p.grad`` a slice of its buffer, ready for the ``index``-th part of this rank."""
+        self._index = index
+        self._num_done = 0
+        if index == 0:
+            self._pending = []
         for bucket in self._buckets:
-            bucket.flat.zero_()
-            bucket.num_waiting = len(bucket.views)
-            for p, view in bucket.views.items():
-                p.grad = view
+            bucket.begin(self._parts[index])
 
     def set_control(self, loss: torch.Tensor, wants_checkpoint: bool, wants_stop: bool) -> None:
-        """What this rank adds to the control words; call it before the backward pass."""
-        self._control[0] = loss.detach()
-        self._control[1] = float(wants_checkpoint)
-        self._control[2] = float(wants_stop)
+        """What this part adds to the control words; call it before the backward pass."""
+        self._control[0] += loss.detach()
+        self._control[1] += float(wants_checkpoint)
+        self._control[2] += float(wants_stop)
+
+    def end(self) -> None:
+        """The part's backward pass is over: parameters that it did not use have the gradient zero."""
+        while self._num_done < len(self._buckets):
+            self._take_next()
 
     def finish(self) -> list[float]:
-        """Send what is left, wait for all, and return the control words summed over ranks."""
-        while len(self._work) < len(self._buckets):
-            self._send_next()
-        if self._control_apart:
-            self._work.append(self._group.start_sum(self._control))
-        for work in self._work:
-            self._group.finish(work)
+        """Wait for the sum over ranks, and return the control words' sums."""
+        self._exchange.finish(self._pending)
+        for bucket in self._buckets:
+            bucket.release()
         return self._control.tolist()
 
     def close(self) -> None:
@@ -100,14 +162,18 @@ class GradientBuckets:
         bucket = self._bucket_of[p]  # type: ignore[index]
         view = bucket.views[p]  # type: ignore[index]
         if p.grad is not None and p.grad.data_ptr() != view.data_ptr():
-            view.copy_(p.grad)  # somebody set the gradient to None; autograd then made a tensor of its own
+            view.add_(p.grad)  # somebody set the gradient to None; autograd then made a tensor of its own
             p.grad = view
         bucket.num_waiting -= 1
-        while len(self._work) < len(self._buckets) and self._buckets[len(self._work)].num_waiting == 0:
-            self._send_next()
+        while self._num_done < len(self._buckets) and self._buckets[self._num_done].num_waiting == 0:
+            self._take_next()
 
-    def _send_next(self) -> None:
-        self._work.append(self._group.start_sum(self._buckets[len(self._work)].flat))
+    def _take_next(self) -> None:
+        bucket = self._buckets[self._num_done]
+        self._num_done += 1
+        bucket.end(self._parts[self._index])
+        if self._index == len(self._parts) - 1:
+            self._pending.append(self._exchange.start(bucket.flat, bucket.saved))
 
 
 def _split(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -18,7 +18,6 @@ from shoal.train.checkpoints import Loaded, find_checkpoint, measured_at, read_c
 from shoal.train.fingerprint import fingerprint
 from shoal.train.group import Group
 from shoal.train.inherit import under_new_fields
-from shoal.train.seeds import restore_random_state
 from shoal.train.session import Session
 from shoal.train.spec import RunSpec
 
@@ -110,7 +109,7 @@ def facts(spec: RunSpec, group: Group) -> dict[str, Any]:
     """What the last bits of a run depend on besides its identity; kept in every checkpoint."""
     return {
         "recipe": recipe_ref(spec.recipe),
-        "workers": group.size,
+        "workers": group.size if spec.shards is None else "any",
         "device": group.device.type,
         "threads": torch.get_num_threads(),
         "precision": spec.precision,
@@ -157,10 +156,7 @@ def _load(session: Session, loaded: Loaded, spec: RunSpec, record: RunRecord) ->
             )
         ) from err
     session.steps_done = loaded.step
-    if len(loaded.random_states) == group.size:
-        restore_random_state(loaded.random_states[group.rank])
-    else:
-        session.seed_for_workers(loaded.step)
+    session.restore_random_states(loaded.random_states)
     if group.is_first:
         here = facts(spec, group)
         for name, was in loaded.facts.items():

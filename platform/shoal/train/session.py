@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -23,6 +23,7 @@ from shoal.train.group import Group
 from shoal.train.loader import batch_length, evaluation_loader, to_device, training_loader
 from shoal.train.order import DataOrder
 from shoal.train.reduce import GradientBuckets
+from shoal.train.scheme import exact, fast
 from shoal.train.seeds import capture_random_state, derive_seed, restore_random_state, seed_everything
 
 Precision = Literal["fp32", "bf16"]
@@ -68,6 +69,7 @@ class Session:
         seed: int,
         target_steps: int,
         precision: Precision = "fp32",
+        shards: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.recipe = recipe
@@ -92,37 +94,55 @@ class Session:
                 f"batch_size={recipe.batch_size} cannot be divided among {group.size} workers; "
                 f"raise batch_size or ask for at most {recipe.batch_size} workers"
             )
+        if shards is not None and recipe.batch_size < shards:
+            raise RecipeError(
+                f"exact: batch_size={recipe.batch_size} cannot be divided into {shards} shards; "
+                f"raise batch_size or set shards to at most {recipe.batch_size}"
+            )
         self._seed = seed
         self._order = DataOrder(num_train, recipe.batch_size, derive_seed(seed, "order"))
         seed_everything(derive_seed(seed, "init"))
         self.model: nn.Module = recipe.build_model().to(group.device)
         self.optimizer = recipe.build_optimizer(self.model)
         self.scheduler = recipe.build_scheduler(self.optimizer)
-        self._buffers = _by_dtype(self.model.buffers()) if group.size > 1 else []
+        self._scheme = fast(self.model, group) if shards is None else exact(self.model, group, shards)
         self._share_initial_weights()
         self.seed_for_workers(0)
-        self._gradients = GradientBuckets(self.model.parameters(), group)
+        self._gradients = GradientBuckets(
+            self.model.parameters(),
+            self._scheme.parts,
+            self._scheme.exchange,
+            device=group.device,
+            riders=self._scheme.buffers.riders,
+        )
         self._phase = "step"
-        self._loss_weight = 1.0
+        self._part = 0
 
     # -- the loop's side -------------------------------------------------------------------------------
 
     def batches(self) -> Iterator[Any]:
         """This worker's share of each batch from the current step to the last, on its device.
 
-        Ends early when the run is asked to stop. Every batch must be followed by `backward` and `step`.
+        Ends early when the run is asked to stop. Every batch must be followed by `backward` and `step`. In an
+        exact run a worker's share comes in several batches, one per shard; `step` then takes a step after the last.
 
         Raises:
             RecipeError: a batch was taken without a `step` for the one before it.
         """
-        for batch in self._loader():
-            self._move("step", to="batch")
-            self.model.train()
-            self._gradients.zero()
-            self._sync_buffers()
-            yield to_device(batch, self.group.device)
-            if self._ended:
-                return
+        scheme = self._scheme
+        loaded = iter(self._loader())
+        for step in range(self.steps_done, self.target_steps):
+            for self._part, shard in enumerate(scheme.mine):
+                if scheme.is_exact:  # before the batch is loaded: augmentation may draw, too
+                    seed_everything(derive_seed(self._seed, "shard", step, shard))
+                batch = next(loaded)
+                self._move("step", to="batch")
+                self.model.train()
+                self._gradients.begin(self._part)
+                scheme.buffers.begin(self._part)
+                yield to_device(batch, self.group.device)
+                if self._ended:
+                    return
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which a forward pass runs in the run's precision (nothing for fp32)."""
@@ -153,28 +173,40 @@ class Session:
         if not loss.requires_grad:
             raise RecipeError("the loss does not depend on the model's parameters (it has no gradient)")
         self._move("batch", to="backward")
-        loss = loss.reshape(()) * self._loss_weight
-        self._gradients.set_control(loss, self._boundary.wants_checkpoint(), self._boundary.wants_stop())
+        weight = self._weight()
+        loss = loss.reshape(()) * weight
+        is_first = self._part == 0  # a wish counts once per worker
+        self._gradients.set_control(
+            loss, is_first and self._boundary.wants_checkpoint(), is_first and self._boundary.wants_stop()
+        )
+        self._scheme.buffers.ride(self._gradients.rider, weight)
         loss.backward()  # type: ignore[no-untyped-call]
+        self._gradients.end()
 
     def step(self, *, max_grad_norm: float | None = None) -> None:
         """Finish the sum, take an optimizer and scheduler step, and do what is due at the step boundary.
 
-        Blocks until every worker has come here. Evaluation and the copy for a checkpoint happen inside.
-        ``max_grad_norm`` clips the summed gradient to that 2-norm and records the norm as ``grad_norm``; it
-        cannot be clipped before, because until here each worker holds a part of the sum.
+        Does nothing until this worker's last batch of the step. Blocks until every worker has come here.
+        Evaluation and the copy for a checkpoint happen inside. ``max_grad_norm`` clips the summed gradient to
+        that 2-norm and records the norm as ``grad_norm``; it cannot be clipped before, because until here each
+        worker holds a part of the sum.
 
         Raises:
             RecipeError: the loss is NaN or infinite (the weights are still those of the step before).
             PeerLost: another worker is gone.
         """
         self._move("backward", to="step")
+        if self._part < len(self._scheme.mine) - 1:
+            return
         loss, wants_checkpoint, wants_stop = self._gradients.finish()
         if not math.isfinite(loss):
             raise RecipeError(
                 f"step {self.steps_done}: the loss is {loss}; the weights are those before this step. "
                 "Lower the learning rate, clip with session.step(max_grad_norm=...), or look at the data"
             )
+        self._scheme.buffers.land(self._gradients.rider)
+        if self._scheme.is_exact:  # what the optimizer, or whoever comes next, draws is no shard's
+            seed_everything(derive_seed(self._seed, "step", self.steps_done))
         if max_grad_norm is not None:
             self.log(grad_norm=nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm))
         self.optimizer.step()
@@ -231,26 +263,45 @@ class Session:
         """Mean loss and recipe metrics over a dataset, each worker measuring its share. Blocks; same on all."""
         was_training = self.model.training
         random_state = capture_random_state()  # a random loss or metric must not draw from the training's
-        self._sync_buffers()  # what is measured is what a checkpoint would hold
+        self._scheme.buffers.share()  # what is measured is what a checkpoint would hold
         self.model.eval()
-        sums: dict[str, float] = {}
-        num_samples = len(dataset)  # type: ignore[arg-type]
-        begin = num_samples * self.group.rank // self.group.size
-        end = num_samples * (self.group.rank + 1) // self.group.size
-        loader = evaluation_loader(self.data, dataset, range(begin, end), self.recipe.batch_size)
         try:
             with torch.no_grad(), self.autocast():
-                for batch in loader:
-                    batch = to_device(batch, self.group.device)
-                    weight = batch_length(batch)
-                    found = {"loss": self.recipe.loss(self.model, batch)}
-                    found |= self.recipe.metrics(self.model, batch)
-                    for name, value in found.items():
-                        sums[name] = sums.get(name, 0.0) + float(value) * weight
+                measured = [self._measure(dataset, shard) for shard in self._scheme.mine]
         finally:
             self.model.train(was_training)
             restore_random_state(random_state)
-        return _merge_means(self.group.gather((sums, end - begin)))
+        return _merge_means([part for parts in self.group.gather(measured) for part in parts])
+
+    def _measure(self, dataset: Dataset[Any], shard: int) -> tuple[dict[str, float], int]:
+        """Sums of loss and metrics over a shard's samples, and their number."""
+        if self._scheme.is_exact:
+            seed_everything(derive_seed(self._seed, "evaluation", self.steps_done, shard))
+        num_samples, num_shards = len(dataset), self._scheme.num_shards  # type: ignore[arg-type]
+        share = range(num_samples * shard // num_shards, num_samples * (shard + 1) // num_shards)
+        sums: dict[str, float] = {}
+        for batch in evaluation_loader(self.data, dataset, share, self.recipe.batch_size):
+            batch = to_device(batch, self.group.device)
+            weight = batch_length(batch)
+            found = {"loss": self.recipe.loss(self.model, batch)}
+            found |= self.recipe.metrics(self.model, batch)
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0.0) + float(value) * weight
+        return sums, len(share)
+
+    def random_states(self) -> list[dict[str, Any]]:
+        """What a checkpoint must hold of every worker's random numbers. Blocks.
+
+        Nothing in an exact run: there they are a function of (seed, step, shard).
+        """
+        return [] if self._scheme.is_exact else self.group.gather(capture_random_state())
+
+    def restore_random_states(self, states: list[dict[str, Any]]) -> None:
+        """Put back what `random_states` gave; on another number of workers each gets new ones."""
+        if len(states) == self.group.size:
+            restore_random_state(states[self.group.rank])
+        else:
+            self.seed_for_workers(self.steps_done)
 
     def seed_for_workers(self, step: int) -> None:
         """Give every worker random numbers of its own from this step on."""
@@ -261,38 +312,26 @@ class Session:
         self._gradients.close()
 
     def _loader(self) -> DataLoader[Any]:
-        share = len(self._order.positions(0, self.group.rank, self.group.size))
-        self._loss_weight = share / self.recipe.batch_size
         return training_loader(
             self.data,
             self._order,
             range(self.steps_done, self.target_steps),
-            self.group,
+            self._scheme.mine,
+            self._scheme.num_shards,
+            pin_memory=self.group.device.type == "cuda",
             sample_seed=derive_seed(self._seed, "sample"),
         )
+
+    def _weight(self) -> float:
+        """The share of the batch's samples that this batch is."""
+        shard = self._scheme.mine[self._part]
+        return len(self._order.positions(0, shard, self._scheme.num_shards)) / self.recipe.batch_size
 
     def _share_initial_weights(self) -> None:
         for tensor in [*self.model.parameters(), *self.model.buffers()]:
             dense = tensor.data.contiguous()  # collectives refuse other memory layouts
             self.group.broadcast(dense)
             tensor.data.copy_(dense)
-
-    def _sync_buffers(self) -> None:
-        """Start every step from rank 0's buffers (such as BatchNorm's running means), as DDP does."""
-        for same_kind in self._buffers:
-            flat = torch.cat([buffer.reshape(-1) for buffer in same_kind])
-            self.group.broadcast(flat)
-            for buffer, value in zip(
-                same_kind, torch.split(flat, [b.numel() for b in same_kind]), strict=True
-            ):
-                buffer.copy_(value.view_as(buffer))
-
-
-def _by_dtype(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
-    groups: dict[torch.dtype, list[torch.Tensor]] = {}
-    for tensor in tensors:
-        groups.setdefault(tensor.dtype, []).append(tensor)
-    return list(groups.values())
 
 
 def _merge_means(parts: list[tuple[dict[str, float], int]]) -> dict[str, float]:

@@ -36,6 +36,8 @@ class RunSpec:
     target_steps: int
     seed: int = 0
     precision: Precision = "fp32"
+    shards: int | None = None
+    """Into how many virtual shards an exact run divides every batch; None for a fast run."""
     checkpoint_every_s: float = 30.0
     """Seconds between checkpoints; there is always one at the end, and one at every new best."""
     checkpoint_at_eval: bool = False
@@ -56,12 +58,18 @@ class RunSpec:
     def identity(self) -> dict[str, Any]:
         """What must not change when the run is resumed. The data's fingerprint is checked by the workers."""
         identity = identity_of(
-            self.recipe, seed=self.seed, precision=self.precision, init_from=self.init_from_name
+            self.recipe,
+            seed=self.seed,
+            precision=self.precision,
+            shards=self.shards,
+            init_from=self.init_from_name,
         )
         return identity if self.source is None else {**identity, "source": asdict(self.source)}
 
 
-def identity_of(recipe: Recipe, *, seed: int, precision: Precision, init_from: str | None) -> dict[str, Any]:
+def identity_of(
+    recipe: Recipe, *, seed: int, precision: Precision, shards: int | None, init_from: str | None
+) -> dict[str, Any]:
     """A run's identity: recipe, fields, seed, strategy, precision and starting weights, JSON-able."""
     return {
         "recipe": recipe_ref(recipe),
@@ -70,7 +78,8 @@ def identity_of(recipe: Recipe, *, seed: int, precision: Precision, init_from: s
         "seed": seed,
         "strategy": "ddp",
         "precision": precision,
-        "exact": False,
+        "exact": shards is not None,
+        **({} if shards is None else {"shards": shards}),
         "init_from": init_from,
     }
 

@@ -1,0 +1,99 @@
+"""The one order in which the parts of a sum are added, whoever holds them.
+
+Floating-point addition depends on the order. Here the parts (virtual shards) 0, 1, ... are the leaves of one
+fixed tree: neighbours are added first, then neighbours of those. A *node* is a complete subtree; each worker adds
+up the largest nodes inside its own range of shards, and what is left of the tree is the same for any number of
+workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, order=True)
+class Node:
+    """The sum of the shards ``[index * 2**level, (index + 1) * 2**level)``, those that exist."""
+
+    level: int
+    index: int
+
+    def shards(self, num_shards: int) -> range:
+        """The shards below it."""
+        return range(
+            min(self.index << self.level, num_shards), min((self.index + 1) << self.level, num_shards)
+        )
+
+
+def shards_of(rank: int, num_workers: int, num_shards: int) -> range:
+    """The contiguous shards that one worker computes; their numbers differ by at most one."""
+    return range(num_shards * rank // num_workers, num_shards * (rank + 1) // num_workers)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a worker does around one of its shards, in a buffer where gradients accumulate."""
+
+    joins: bool
+    """The buffer holds the left neighbour: gradients are added to it as they come, which is the tree's addition."""
+    saves: bool
+    """The buffer holds a sum whose turn comes later: it is put aside first."""
+    num_additions: int
+    """How many sums that were put aside, the latest first, are added to the buffer after it."""
+
+
+def parts_of(shards: range, num_shards: int) -> tuple[Part, ...]:
+    """What a worker does around each of its shards, in their order."""
+    nodes: tuple[Node, ...] = ()
+    parts = []
+    for shard in shards:
+        joins = shard % 2 == 1 and nodes[-1:] == (Node(0, shard - 1),)
+        saves = bool(nodes) and not joins
+        nodes, num_additions = _push(nodes, shard, num_shards)
+        parts.append(Part(joins, saves, num_additions - joins))
+    return tuple(parts)
+
+
+def nodes_of(shards: range, num_shards: int) -> tuple[Node, ...]:
+    """The nodes that a worker is left with after all of its shards."""
+    nodes: tuple[Node, ...] = ()
+    for shard in shards:
+        nodes, _ = _push(nodes, shard, num_shards)
+    return nodes
+
+
+def _push(nodes: tuple[Node, ...], shard: int, num_shards: int) -> tuple[tuple[Node, ...], int]:
+    """Add the next shard to the nodes of those before it; how many additions that takes, too."""
+    *rest, last = *nodes, Node(0, shard)
+    num_additions = 0
+    while last.shards(num_shards) != range(num_shards):
+        if last.index % 2:
+            if rest[-1:] != [Node(last.level, last.index - 1)]:
+                break  # a right half, whose left half is somebody else's
+            rest.pop()
+            num_additions += 1
+        elif Node(last.level, last.index + 1).shards(num_shards):
+            break  # a left half, whose right half is yet to come
+        last = Node(last.level + 1, last.index // 2)
+    return (*rest, last), num_additions
+
+
+def combine(parts: Mapping[Node, T], num_shards: int, add: Callable[[T, T], T]) -> T:
+    """The sum over all shards from the nodes that the workers hold, in the tree's order.
+
+    ``parts`` must cover every shard exactly once.
+    """
+
+    def total(node: Node) -> T:
+        if node in parts:
+            return parts[node]
+        if not node.level:
+            raise KeyError(f"no worker holds shard {node.index} of {num_shards}")
+        left, right = (Node(node.level - 1, 2 * node.index + half) for half in (0, 1))
+        return add(total(left), total(right)) if right.shards(num_shards) else total(left)
+
+    return total(Node((num_shards - 1).bit_length(), 0))

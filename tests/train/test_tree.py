@@ -1,0 +1,168 @@
+"""One order of addition, whoever holds the parts."""
+
+from __future__ import annotations
+
+import random
+import threading
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from shoal.train.exchange import TreeSum
+from shoal.train.reduce import NUM_CONTROL, GradientBuckets
+from shoal.train.tree import Node, combine, nodes_of, parts_of, shards_of
+
+shard_counts = st.integers(1, 20)
+
+
+def written_out(node: Node, num_shards: int) -> str:
+    return "+".join(map(str, node.shards(num_shards)))
+
+
+def expected(low: int, high: int) -> str:
+    """The tree's sum of [low, high) by its definition: halve at the largest power of two below the length."""
+    if high - low == 1:
+        return str(low)
+    middle = low + 2 ** ((high - low - 1).bit_length() - 1)
+    return f"({expected(low, middle)}+{expected(middle, high)})"
+
+
+@given(num_shards=shard_counts, num_workers=st.integers(1, 20))
+def test_every_number_of_workers_adds_in_the_same_order(num_shards: int, num_workers: int) -> None:
+    num_workers = min(num_workers, num_shards)
+    held: dict[Node, str] = {}
+    for rank in range(num_workers):
+        shards = shards_of(rank, num_workers, num_shards)
+        buffer, saved = "", []
+        for shard, part in zip(shards, parts_of(shards, num_shards), strict=True):
+            if part.saves:
+                saved.append(buffer)
+            buffer = f"({buffer}+{shard})" if part.joins else str(shard)
+            for _ in range(part.num_additions):
+                buffer = f"({saved.pop()}+{buffer})"
+        held |= dict(zip(nodes_of(shards, num_shards), [*saved, buffer], strict=True))
+    assert combine(held, num_shards, lambda a, b: f"({a}+{b})") == expected(0, num_shards)
+
+
+def test_a_shard_that_nobody_holds_is_not_left_out() -> None:
+    with pytest.raises(KeyError, match="no worker holds shard 1 of 2"):
+        combine({Node(0, 0): 1.0}, 2, lambda a, b: a + b)
+
+
+class ThreadGroup:
+    """Ranks that are threads, with `Group`'s collectives over shared memory."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.barrier = threading.Barrier(size, timeout=30)
+        self.shared: dict[Any, Any] = {}
+
+    def rank(self, rank: int) -> Any:
+        return _Rank(self, rank)
+
+
+class _Rank:
+    def __init__(self, whole: ThreadGroup, rank: int) -> None:
+        self._whole, self.rank, self.size = whole, rank, whole.size
+        self._calls = 0
+
+    def _swap(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        self._calls += 1
+        self._whole.shared[self._calls, self.rank] = mine.clone()
+        self._whole.barrier.wait()
+        return [self._whole.shared[self._calls, rank] for rank in range(self.size)]
+
+    def start_sum(self, tensor: torch.Tensor) -> None:
+        order = list(range(self.size))
+        random.Random(self._calls).shuffle(order)  # a library's order is nobody's business
+        everybody = self._swap(tensor)
+        tensor.copy_(sum(everybody[rank] for rank in order[1:]) + everybody[order[0]])
+
+    def start_exchange(
+        self, received: torch.Tensor, sent: torch.Tensor, *, receives: list[int], sends: list[int]
+    ) -> None:
+        slices = [
+            everybody.split(everybody.numel() // self.size)[self.rank] for everybody in self._swap(sent)
+        ]
+        assert [s.numel() for s in slices] == receives
+        received.copy_(torch.cat(slices))
+
+    def start_gather(self, whole: torch.Tensor, mine: torch.Tensor) -> None:
+        whole.copy_(torch.cat(self._swap(mine)))
+
+    def finish(self, work: None) -> None:
+        pass
+
+
+class Net(nn.Module):
+    """Two parameters, one of which odd shards do not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = nn.Parameter(torch.zeros(5))
+        self.sometimes = nn.Parameter(torch.zeros(3))
+
+
+def summed(num_workers: int, num_shards: int, values: torch.Tensor) -> list[torch.Tensor]:
+    """Per rank, gradients, riders and control words, as one vector; ``values`` are (shards, 9)."""
+    group = ThreadGroup(num_workers)
+    results: list[torch.Tensor] = [torch.empty(0)] * num_workers
+
+    def work(rank: int) -> None:
+        model = Net()
+        shards = shards_of(rank, num_workers, num_shards)
+        exchange = TreeSum(group.rank(rank), num_shards)
+        buckets = GradientBuckets(
+            model.parameters(),
+            parts_of(shards, num_shards),
+            exchange,
+            device=torch.device("cpu"),
+            riders={torch.float32: 1},
+        )
+        for _ in range(2):  # the second step must not see the first
+            for index, shard in enumerate(shards):
+                buckets.begin(index)
+                buckets.set_control(values[shard, 0], wants_checkpoint=index == 0, wants_stop=False)
+                buckets.rider[torch.float32].add_(values[shard, 8:])
+                loss = model.used @ values[shard, :5]
+                if shard % 2 == 0:
+                    loss = loss + model.sometimes @ values[shard, 5:8]
+                loss.backward()
+                buckets.end()
+            control = buckets.finish()
+        assert len(control) == NUM_CONTROL
+        results[rank] = torch.cat(
+            [
+                model.used.grad,  # type: ignore[list-item]
+                model.sometimes.grad,  # type: ignore[list-item]
+                buckets.rider[torch.float32],
+                torch.tensor([control[0], control[1] / num_workers]),
+            ]
+        )
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(num_workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return results
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 4, 6, 8])
+def test_the_sum_has_the_same_bits_on_any_number_of_workers(num_shards: int) -> None:
+    generator = torch.Generator().manual_seed(num_shards)
+    values = torch.randn(num_shards, 9, generator=generator) * 10.0 ** torch.randint(
+        -6, 6, (num_shards, 9), generator=generator
+    )
+    leaves = values.clone()
+    leaves[1::2, 5:8] = 0  # the parameter that odd shards do not use
+    parts = {Node(0, shard): torch.cat([leaves[shard], leaves[shard, :1]]) for shard in range(num_shards)}
+    whole = combine(parts, num_shards, torch.add)
+    reference = torch.cat([whole[:9], whole[9:], torch.ones(1)])
+    for num_workers in range(1, num_shards + 1):
+        for result in summed(num_workers, num_shards, values):
+            assert torch.equal(result, reference), f"{num_workers} workers"
