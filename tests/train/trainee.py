@@ -1,6 +1,7 @@
 """Train runs one after the other, alone or under torchrun: ``trainee.py STORAGE STEPS NAME...``, a test's subprocess.
 
-``SHOAL_TEST_SHARDS=n`` makes them exact, of n shards. ``SHOAL_TEST_KILL=rank:step`` kills that rank with SIGKILL in the middle of that step of the last one.
+``SHOAL_TEST_SHARDS=n`` makes them exact, of n shards. ``SHOAL_TEST_KILL=rank:step`` kills that rank with SIGKILL in
+the middle of that step of the last one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from shoal.train.group import torchrun_group
 from shoal.train.spec import RunSpec
 from toy import Toy
 from waiting import wait_until
-
 
 BATCH_SIZE = 20
 """Not a multiple of the number of shards, and each has two samples at least: BatchNorm needs them."""
