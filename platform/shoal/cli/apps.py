@@ -37,9 +37,7 @@ def serve(
     from shoal.cli.place import require_running
     from shoal.serve import deploy
 
-    info = require_running()
-    say(f"deploying {app} with {model} (a first deploy takes some 20 s)")
-    served = deploy(info, app, model=model, name=name)
+    served = deploy(require_running(), app, model=model, name=name, say=say)
     show_facts(
         {
             "app": served.name,

@@ -75,7 +75,8 @@ def _show_run(place: Storage, name: str, rank: int, follow: bool) -> None:
 
 
 def _show_app(place: Storage, name: str, follow: bool) -> None:
-    from shoal.errors import NotFoundError
+    from shoal.errors import NotFoundError, did_you_mean
+    from shoal.tracking import list_runs
 
     folder = place.app_logs_dir
 
@@ -84,9 +85,10 @@ def _show_app(place: Storage, name: str, follow: bool) -> None:
         return sorted(found, key=lambda path: path.stat().st_mtime)
 
     if not files():
+        known = [*(record.name for record in list_runs(place)), *_apps_of(folder)]
         raise NotFoundError(
             f"there is no run {name!r}, and no app of that name has written a log in {folder}; "
-            "see: shoal runs, shoal apps"
+            f"see: shoal runs, shoal apps{did_you_mean(name, known)}"
         )
     tail = Tail(files, sys.stdout.buffer)
     tail.copy()
@@ -100,6 +102,14 @@ def is_log_of(path: Path, app: str) -> bool:
     from shoal.serve.builder import DEPLOYMENT
 
     return path.name.startswith(f"replica_{app}_{DEPLOYMENT}_")
+
+
+def _apps_of(folder: Path) -> set[str]:
+    """The apps whose replicas wrote a log in ``folder``."""
+    from shoal.serve.builder import DEPLOYMENT
+
+    names = (path.name.removeprefix("replica_") for path in folder.glob("replica_*.log"))
+    return {name.rpartition(f"_{DEPLOYMENT}_")[0] for name in names}
 
 
 class Tail:
