@@ -6,11 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from shoal.config import Range
 from shoal.storage import Storage
 from shoal.tracking import RunRecord
 from shoal.train import run as runs
+from shoal.train.driver import WorkersDriver
 from shoal.train.run import Run
+from shoal.train.spec import RunSpec
 from terminal import screen_of
+from toy import Toy
 
 
 class PlayedDriver:
@@ -90,6 +94,12 @@ def test_a_run_that_goes_on_shows_what_it_waits_for_not_what_was(
     for old in ("700", "1,234", "0.75"):
         assert old not in starting
     assert "700/2,000" in rest
+
+
+def test_before_there_is_room_a_run_waits_for_room(record: RunRecord, tmp_path: Path) -> None:
+    spec = RunSpec(recipe=Toy(), name=record.name, storage=Storage(tmp_path), target_steps=40)
+    for workers, words in ((Range(1, 4), "room for 1..4 workers"), (Range(1, 1), "room for 1 worker")):
+        assert WorkersDriver(spec, record, workers, {"CPU": 1}, 0).waits_for() == words
 
 
 def test_ctrl_c_leaves_no_bar_but_a_line_that_says_what_goes_on(

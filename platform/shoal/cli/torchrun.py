@@ -149,8 +149,9 @@ def _progress(record: RunRecord, *, shown: bool) -> Iterator[None]:
     over, since = threading.Event(), record.end_offset
 
     def watch() -> None:
-        last_line = lambda: outcome_text(Run(record))  # noqa: E731
-        with reporter(record, enabled=True, last_line=last_line, since=since) as report:
+        with reporter(
+            record, enabled=True, last_line=lambda: outcome_text(Run(record)), since=since
+        ) as report:
             while not over.wait(0.2):
                 report.update()
 
