@@ -81,11 +81,11 @@ def _show_app(place: Storage, name: str, follow: bool) -> None:
     folder = place.app_logs_dir
 
     def files() -> Iterable[Path]:
-        found = [path for path in folder.glob("replica_*.log") if is_log_of(path, name)]
+        found = [path for path in folder.glob("replica_*.log") if _app_of(path) == name]
         return sorted(found, key=lambda path: path.stat().st_mtime)
 
     if not files():
-        known = [*(record.name for record in list_runs(place)), *_apps_of(folder)]
+        known = [*(record.name for record in list_runs(place)), *map(_app_of, folder.glob("replica_*.log"))]
         raise NotFoundError(
             f"there is no run {name!r}, and no app of that name has written a log in {folder}; "
             f"see: shoal runs, shoal apps{did_you_mean(name, known)}"
@@ -97,19 +97,11 @@ def _show_app(place: Storage, name: str, follow: bool) -> None:
         tail.copy()
 
 
-def is_log_of(path: Path, app: str) -> bool:
-    """Whether a replica of ``app`` wrote the file: ``replica_<app>_<deployment>_<id>.log``."""
+def _app_of(log: Path) -> str:
+    """The app whose replica wrote the file: ``replica_<app>_<deployment>_<id>.log``."""
     from shoal.serve.builder import DEPLOYMENT
 
-    return path.name.startswith(f"replica_{app}_{DEPLOYMENT}_")
-
-
-def _apps_of(folder: Path) -> set[str]:
-    """The apps whose replicas wrote a log in ``folder``."""
-    from shoal.serve.builder import DEPLOYMENT
-
-    names = (path.name.removeprefix("replica_") for path in folder.glob("replica_*.log"))
-    return {name.rpartition(f"_{DEPLOYMENT}_")[0] for name in names}
+    return log.name.removeprefix("replica_").rpartition(f"_{DEPLOYMENT}_")[0]
 
 
 class Tail:
