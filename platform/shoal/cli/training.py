@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from shoal.cli.console import say, show_facts, values_text
+from shoal.cli.console import console, say, show_facts, values_text
 from shoal.cli.interrupt import sigterm_interrupts
 from shoal.errors import NotFoundError, RequestError
 
@@ -101,7 +101,8 @@ def train_and_wait(recipe: Recipe, options: TrainOptions) -> None:
         try:
             run.wait()
         except KeyboardInterrupt:
-            show_result(run)
+            if not console().is_terminal:  # there the bar ended in a line that says as much
+                show_result(run)
             raise
     show_result(run)
 
