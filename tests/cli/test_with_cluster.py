@@ -107,7 +107,11 @@ def test_deleting_an_app_leaves_the_others_answering(cluster: ClusterInfo, shoal
         goes.predict(PIXELS)
     assert [app.name for app in apps(cluster)] == ["cli-stays"]
     again = shoal("delete", "cli-goes")
-    assert (again.code, again.err) == (2, "error: there is no app 'cli-goes'; running: cli-stays\n")
+    assert (again.code, again.out, again.err) == (
+        2,
+        "",
+        "error: there is no app 'cli-goes'; running: cli-stays\n",
+    )
 
     assert shoal("delete", "cli-stays").code == 0
     with pytest.raises((RequestError, ClusterError)):

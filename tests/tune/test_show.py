@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 from rich.console import Console
+from rich.live import Live
 
 import shoal
 from shoal.recipe import Objective
@@ -92,3 +93,23 @@ def test_ctrl_c_leaves_the_trials_as_they_stand_and_what_goes_on(
     rows = [line for line in screen if "hidden=128" in line]
     assert [state in row for state, row in zip(("finished", "stopped"), rows, strict=True)] == [True, True]
     assert screen[-1] == "sweep s: stopped with 1 of 16 trials done; the same command goes on with it"
+
+
+def test_ctrl_c_while_the_table_appears_leaves_it_above_the_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    refresh = Live.refresh
+
+    def refresh_and_interrupt(live: Live) -> None:
+        refresh(live)
+        monkeypatch.setattr(Live, "refresh", refresh)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Live, "refresh", refresh_and_interrupt)
+    with pytest.raises(KeyboardInterrupt), reporter(FakeSweep([trial(1)]), 16, enabled=True):
+        pass
+    screen = screen_of(capsys.readouterr().out)
+    assert screen[0] == "s: 1 of 16 trials done"
+    assert screen[-1].startswith("sweep s: stopped with 1 of 16 trials done")

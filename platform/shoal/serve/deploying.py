@@ -90,8 +90,16 @@ def deploy(
     return app
 
 
-def delete(info: ClusterInfo, name: str, *, deadline_s: float = DEADLINE_S) -> None:
+def delete(
+    info: ClusterInfo,
+    name: str,
+    *,
+    deadline_s: float = DEADLINE_S,
+    say: Callable[[str], None] = lambda text: None,
+) -> None:
     """Take an app off the cluster; blocks until its replicas are gone. Requests in flight are finished first.
+
+    ``say`` is told when the wait begins: the app was found by then.
 
     Raises:
         NotFoundError: no app of this name runs.
@@ -101,6 +109,7 @@ def delete(info: ClusterInfo, name: str, *, deadline_s: float = DEADLINE_S) -> N
         if name not in running:
             there = ", ".join(sorted(running)) or "none"
             raise NotFoundError(f"there is no app {name!r}; running: {there}{did_you_mean(name, running)}")
+        say(f"deleting app {name} (some 6 s: requests in flight are finished first)")
         _send(info, _without(running, name))
 
     def is_gone() -> bool:

@@ -63,11 +63,13 @@ def reporter(
         TextColumn("{task.fields[detail]}"),
         TimeRemainingColumn(compact=True),
     )
+    progress = Progress(*columns, console=console, transient=True, refresh_per_second=8)
+    task = progress.add_task(record.name, total=None, count="", detail=feed.detail())
     try:
-        with Progress(*columns, console=console, transient=True, refresh_per_second=8) as progress:
-            task = progress.add_task(record.name, total=None, count="", detail=feed.detail())
-            yield _Bar(feed, progress, task)
+        progress.start()  # in here: rich leaves the display on when Ctrl-C comes while it starts
+        yield _Bar(feed, progress, task)
     finally:
+        progress.stop()
         console.print(last_line(), markup=False, highlight=False, soft_wrap=True)
 
 

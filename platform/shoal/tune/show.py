@@ -63,13 +63,15 @@ def reporter(sweep: Watched, num_trials: int, *, enabled: bool) -> Iterator[Repo
     def table() -> Table:
         return trials_table(sweep.name, sweep.trials, sweep.objective, num_trials=num_trials)
 
+    live = Live(table(), console=console, refresh_per_second=4)
+    shown = _Table(live, table)
     try:
-        with Live(table(), console=console, refresh_per_second=4) as live:
-            shown = _Table(live, table)
-            try:
-                yield shown
-            finally:
-                shown.update()
+        try:
+            live.start()  # in here: rich leaves the display on when Ctrl-C comes while it starts
+            yield shown
+        finally:
+            shown.update()
+            live.stop()
     except KeyboardInterrupt:
         console.print(stopped_text(sweep, num_trials), markup=False, highlight=False, soft_wrap=True)
         raise
