@@ -24,7 +24,7 @@ from shoal.cluster.info import read_record
 from shoal.cluster.lifecycle import plan_start, up_plan
 from shoal.cluster.warm import add_warm_processes
 from shoal.config import ClusterConfig, Range, load
-from shoal.errors import ConfigError, NotFoundError, Problem, RequestError
+from shoal.errors import ConfigError, NotFoundError, Problem, RequestError, did_you_mean
 from shoal.recipe import Recipe
 from shoal.storage import Storage
 from shoal.tracking import (
@@ -445,6 +445,7 @@ def find_run(storage: Storage, name: str) -> Run:
     """
     record = RunRecord(storage, name)
     if record.identity() is None:
-        known = [other.name for other in list_runs(storage)][:8]
-        raise NotFoundError(f"there is no run {name!r}; there are: {', '.join(known) or 'none yet'}")
+        known = [other.name for other in list_runs(storage)]
+        there = ", ".join(known[:8]) or "none yet"
+        raise NotFoundError(f"there is no run {name!r}; there are: {there}{did_you_mean(name, known)}")
     return Run(record)

@@ -75,18 +75,20 @@ def _show_run(place: Storage, name: str, rank: int, follow: bool) -> None:
 
 
 def _show_app(place: Storage, name: str, follow: bool) -> None:
-    from shoal.errors import NotFoundError
+    from shoal.errors import NotFoundError, did_you_mean
+    from shoal.tracking import list_runs
 
     folder = place.app_logs_dir
 
     def files() -> Iterable[Path]:
-        found = [path for path in folder.glob("replica_*.log") if is_log_of(path, name)]
+        found = [path for path in folder.glob("replica_*.log") if _app_of(path) == name]
         return sorted(found, key=lambda path: path.stat().st_mtime)
 
     if not files():
+        known = [*(record.name for record in list_runs(place)), *map(_app_of, folder.glob("replica_*.log"))]
         raise NotFoundError(
             f"there is no run {name!r}, and no app of that name has written a log in {folder}; "
-            "see: shoal runs, shoal apps"
+            f"see: shoal runs, shoal apps{did_you_mean(name, known)}"
         )
     tail = Tail(files, sys.stdout.buffer)
     tail.copy()
@@ -95,11 +97,11 @@ def _show_app(place: Storage, name: str, follow: bool) -> None:
         tail.copy()
 
 
-def is_log_of(path: Path, app: str) -> bool:
-    """Whether a replica of ``app`` wrote the file: ``replica_<app>_<deployment>_<id>.log``."""
+def _app_of(log: Path) -> str:
+    """The app whose replica wrote the file: ``replica_<app>_<deployment>_<id>.log``."""
     from shoal.serve.builder import DEPLOYMENT
 
-    return path.name.startswith(f"replica_{app}_{DEPLOYMENT}_")
+    return log.name.removeprefix("replica_").rpartition(f"_{DEPLOYMENT}_")[0]
 
 
 class Tail:

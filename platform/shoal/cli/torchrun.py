@@ -144,11 +144,14 @@ def _stop_on_signals(record: RunRecord) -> Iterator[None]:
 def _progress(record: RunRecord, *, shown: bool) -> Iterator[None]:
     """Show progress from a thread: the main one trains."""
     from shoal.train.progress import reporter
+    from shoal.train.run import Run, outcome_text
 
-    over = threading.Event()
+    over, since = threading.Event(), record.end_offset
 
     def watch() -> None:
-        with reporter(record, enabled=True) as report:
+        with reporter(
+            record, enabled=True, last_line=lambda: outcome_text(Run(record)), since=since
+        ) as report:
             while not over.wait(0.2):
                 report.update()
 

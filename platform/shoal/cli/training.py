@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from shoal.cli.console import say, show_facts, values_text
+from shoal.cli.console import console, say, show_facts, values_text
 from shoal.cli.interrupt import sigterm_interrupts
 from shoal.errors import NotFoundError, RequestError
 
@@ -101,13 +101,16 @@ def train_and_wait(recipe: Recipe, options: TrainOptions) -> None:
         try:
             run.wait()
         except KeyboardInterrupt:
-            show_result(run)
+            if not console().is_terminal:  # there the bar ended in a line that says as much
+                show_result(run)
             raise
     show_result(run)
 
 
 def show_result(run: Run) -> None:
     """Where the run stands, and what to do next."""
+    from shoal.train.run import best_text
+
     record = run.record
     target = record.target_steps
     facts = {
@@ -116,7 +119,8 @@ def show_result(run: Run) -> None:
         "steps": f"{run.step:,}{f' of {target:,}' if target else ''}",
         "val": values_text(record.last_eval("val")),
         "test": values_text(record.last_eval("test")),
-        "best": _checkpoint_text(run),
+        "best": best_text(record),
+        "checkpoint": _checkpoint_text(run),
         "next": _next_text(run),
     }
     show_facts({name: text for name, text in facts.items() if text})
@@ -130,11 +134,10 @@ def _checkpoint_text(run: Run) -> str:
 
 
 def _next_text(run: Run) -> str:
+    from shoal.train.run import where_it_goes_on
+
     if str(run.state) != "finished":
-        commits = run.record.events(("checkpoint",))
-        if not commits:
-            return "nothing was committed yet; the same command starts it"
-        return f"the same command goes on from step {commits[-1]['step']:,}, which is committed"
+        return where_it_goes_on(run.record)
     identity = run.record.identity() or {}
     model = str(identity.get("recipe", "")).rpartition(":")[2].lower() or "NAME"
     return f"shoal register {model} {run.name} --alias champion"

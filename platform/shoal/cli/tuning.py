@@ -51,7 +51,8 @@ def tune_and_wait(cls: type[Recipe], words: Sequence[str], options: SweepOptions
         try:
             sweep.wait()
         except KeyboardInterrupt:
-            show_best(sweep, then="the same command goes on with the sweep")
+            if not console().is_terminal:  # there the table ended in a line that says as much
+                show_best(sweep, then="the same command goes on with the sweep")
             raise
     show_best(sweep, then=f"shoal register {cls.__name__.lower()} {sweep.name} --alias champion")
 

@@ -99,6 +99,11 @@ class Workers:
         """Whether `abort` was called."""
         return self._stop.is_set()
 
+    @property
+    def has_room(self) -> bool:
+        """Whether room was granted and the workers start, or run."""
+        return self._controller is not None
+
     def run(self) -> None:
         """Run until ``fn`` returned on every worker; returns early, without an error, after `abort`.
 

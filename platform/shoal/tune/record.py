@@ -6,13 +6,13 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from shoal.errors import NotFoundError, RequestError
+from shoal.errors import NotFoundError, RequestError, did_you_mean
 from shoal.recipe import Objective
 from shoal.storage import FileLock, StopMark, Storage, append_line, claim, read_json, read_lines
 from shoal.tracking import RunRecord, RunState, check_run_name
@@ -140,8 +140,10 @@ class SweepRecord:
             CorruptError: the file is damaged.
         """
         if not self._identity_path.exists():
-            there = sorted(path.parent.name for path in self.storage.sweeps_dir.glob(f"*/{_IDENTITY}"))
-            raise NotFoundError(f"no sweep {self.name!r}; there are: {', '.join(there) or 'none'}")
+            there = sweep_names(self.storage)
+            raise NotFoundError(
+                f"no sweep {self.name!r}; there are: {', '.join(there) or 'none'}{did_you_mean(self.name, there)}"
+            )
         identity: dict[str, Any] = read_json(self._identity_path)
         return identity
 
@@ -170,6 +172,33 @@ class SweepRecord:
         found = [trial for line in read_lines(self.trials_path) if (trial := Trial.from_line(line))]
         latest = {trial.number: trial for trial in found}
         return [latest[number] for number in sorted(latest)]
+
+
+def sweep_names(storage: Storage) -> list[str]:
+    """The names of all sweeps on ``storage``."""
+    return sorted(path.parent.name for path in storage.sweeps_dir.glob(f"*/{_IDENTITY}"))
+
+
+def pruned_runs(storage: Storage) -> frozenset[str]:
+    """The runs of all trials that their sweeps' schedulers ended early. Reads every sweep's record."""
+    return frozenset(
+        trial.run
+        for name in sweep_names(storage)
+        for trial in SweepRecord(storage, name).trials()
+        if trial.state is TrialState.PRUNED
+    )
+
+
+def state_word(run: RunRecord, pruned: Container[str]) -> str:
+    """Where a run stands, in the word that a person reads: the run's state, but ``pruned`` as its sweep says.
+
+    The run itself only knows that it was stopped. One that somebody went on with to its end is ``finished``.
+    ``pruned`` is what `pruned_runs` found.
+    """
+    state = run.state()
+    if run.name in pruned and state in (RunState.STOPPED, RunState.INTERRUPTED):
+        return str(TrialState.PRUNED)
+    return str(state)
 
 
 def run_of(sweep: str, number: int) -> str:
