@@ -13,9 +13,9 @@ import shoal
 from shoal.cli.detached import entrypoint
 from shoal.cli.job import make_job_app
 from shoal.cli.torchrun import _spec
-from shoal.cli.training import TrainOptions
 from shoal.errors import NotFoundError, RequestError
 from shoal.recipe import field_values, parse_fields
+from shoal.train.options import RunOptions
 from shoal.train.revision import code_revision
 
 
@@ -30,7 +30,7 @@ class Tagged(shoal.Recipe):
 @pytest.mark.parametrize("words", [[], ["lr=1e-2"], ["tag=a b"]])
 def test_a_detached_run_has_the_fields_that_were_typed(words: list[str]) -> None:
     recipe = parse_fields(Tagged, words)
-    command = entrypoint(recipe, words, TrainOptions(seed=3), "/a b")
+    command = entrypoint(recipe, words, RunOptions(seed=3), "/a b")
     ref = f"{Tagged.__module__}:Tagged"
     expected = [sys.executable, "-m", "shoal.cli", "train", ref, *words, "--seed=3"]
     assert shlex.split(command) == ["cd", "/a b", "&&", "exec", *expected]
@@ -40,9 +40,9 @@ def test_a_detached_run_has_the_fields_that_were_typed(words: list[str]) -> None
 def test_under_torchrun_a_run_starts_from_a_version_on_storage(project: Path) -> None:
     version = project / ".shoal" / "models" / "digits" / "12"
     version.mkdir(parents=True)
-    spec = _spec(Tagged(), TrainOptions(init_from="digits@12"))
+    spec = _spec(Tagged(), RunOptions(init_from="digits@12"))
     assert (spec.init_from, spec.init_from_name) == (version, "digits@12")
-    assert spec.name != _spec(Tagged(), TrainOptions()).name
+    assert spec.name != _spec(Tagged(), RunOptions()).name
 
 
 def test_under_torchrun_a_run_records_the_code_revision(project: Path) -> None:
@@ -54,7 +54,7 @@ def test_under_torchrun_a_run_records_the_code_revision(project: Path) -> None:
         subprocess.run(["git", "-C", str(project), *words], check=True)
     revision = code_revision(project)
     assert revision
-    assert _spec(Tagged(), TrainOptions()).revision == revision
+    assert _spec(Tagged(), RunOptions()).revision == revision
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_under_torchrun_other_models_are_refused(
     project: Path, text: str, kind: type[Exception], message: str
 ) -> None:
     with pytest.raises(kind, match=message):
-        _spec(Tagged(), TrainOptions(init_from=text))
+        _spec(Tagged(), RunOptions(init_from=text))
 
 
 def test_under_torchrun_a_dry_run_is_refused(

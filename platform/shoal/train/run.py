@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from shoal.errors import DeadlineExceeded, EnvironmentFailure, NotFoundError, ShoalError, from_name
 from shoal.recipe import Objective
-from shoal.tracking import Event, RunRecord, RunState
+from shoal.storage import Storage
+from shoal.tracking import Event, RunRecord, RunState, list_runs
 from shoal.train.output import log_path
 from shoal.train.progress import Reporter, reporter
 
@@ -217,3 +218,16 @@ def objective_of(record: RunRecord) -> Objective | None:
     if identity is None or "objective" not in identity:
         return None
     return Objective(**identity["objective"])
+
+
+def find_run(storage: Storage, name: str) -> Run:
+    """A handle on an existing run, with or without a cluster.
+
+    Raises:
+        NotFoundError: there is none of this name; lists those that exist.
+    """
+    record = RunRecord(storage, name)
+    if record.identity() is None:
+        known = [other.name for other in list_runs(storage)][:8]
+        raise NotFoundError(f"there is no run {name!r}; there are: {', '.join(known) or 'none yet'}")
+    return Run(record)
