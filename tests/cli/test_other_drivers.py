@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
+from command_line import Shoal
 
 import shoal
+from shoal.cli.app import app
 from shoal.cli.detached import entrypoint
 from shoal.cli.job import make_job_app
 from shoal.cli.torchrun import _spec
@@ -73,14 +76,36 @@ def test_under_torchrun_other_models_are_refused(
         _spec(Tagged(), RunOptions(init_from=text))
 
 
-def test_under_torchrun_a_dry_run_is_refused(
-    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("option", ["--dry-run", "--detach"])
+def test_under_torchrun_what_takes_one_process_is_refused(
+    project: Path, shoal: Shoal, monkeypatch: pytest.MonkeyPatch, option: str
 ) -> None:
     for name in ("TORCHELASTIC_RUN_ID", "RANK"):
         monkeypatch.setenv(name, "0")
     monkeypatch.setattr("shoal.cli.torchrun.train_under_torchrun", lambda *_: pytest.fail("it trained"))
-    with pytest.raises(SystemExit) as end:
-        make_job_app(Tagged)(["train", "--dry-run"])
-    assert end.value.code == 2
-    assert "one process" in capsys.readouterr().err
+    outcome = shoal("train", "jobs.digits", option)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert f"{option} takes one process: leave torchrun out" in outcome.err
     assert not (project / ".shoal").exists()
+
+
+@pytest.mark.parametrize("name", ["train", "tune"])
+def test_a_job_takes_the_options_of_the_shells_command(name: str) -> None:
+    def options(group: typer.Typer) -> list[tuple[str, ...]]:
+        command = typer.main.get_command(group).commands[name]  # type: ignore[attr-defined]
+        return [(option.name, *option.opts, str(option.default)) for option in command.params]
+
+    module, *others = options(app)
+    assert module[0] == "module"
+    assert options(make_job_app(Tagged)) == [option for option in others if option[0] != "detach"]
+
+
+def test_a_job_trains_its_own_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[object] = []
+    monkeypatch.setattr(
+        "shoal.cli.training.start", lambda recipe, options, **_: started.append((recipe, options))
+    )
+    with pytest.raises(SystemExit) as end:
+        make_job_app(Tagged)(["train", "lr=0.5", "--workers", "1..2"])
+    assert end.value.code == 0
+    assert started == [(Tagged(lr=0.5), RunOptions(workers="1..2"))]

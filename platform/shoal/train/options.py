@@ -38,7 +38,8 @@ RULES = {
     "seed": Rule(whole_number(), "a whole number, such as 7"),
     "precision": Rule(one_of("fp32", "bf16"), "'fp32' or 'bf16'"),
     "checkpoint_every": Rule(
-        is_interval, "seconds, 0.001 or more, such as 30, or a text with a unit, such as '30s'"
+        is_interval,
+        "from 1 ms to 100 years: seconds, such as 30, or a text with a unit, such as '30s'",
     ),
     "keep": Rule(whole_number(1), "a whole number, 1 or more, such as 3"),
     "init_from": Rule(is_text, "a version of a model as text, such as 'digits@1'"),
