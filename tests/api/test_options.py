@@ -146,6 +146,12 @@ def test_the_steps_of_the_recipe_are_checked_too(cluster: Cluster) -> None:
         cluster.plan(Endless(), RunOptions())
 
 
+@pytest.mark.parametrize("options", [{"steps": 1.5}, {"seed": "x"}])
+def test_a_recipe_that_is_fitted_here_checks_them_too(options: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="a whole number"):
+        Toy().fit(**options)
+
+
 @pytest.mark.parametrize(
     ("given", "seconds"), [(None, 30.0), (5, 5.0), (0.05, 0.05), ("30s", 30.0), ("250ms", 0.25)]
 )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from shoal.config import Duration
 
-SHORTEST_S = 0.001
+_SHORTEST_S = 0.001
 """The shortest time between checkpoints, as in the cluster file."""
 
 
@@ -83,7 +83,7 @@ def is_worker_range(value: Any) -> bool:
 def is_interval(value: Any) -> bool:
     """A time between checkpoints: seconds, or a text such as ``30s``."""
     try:
-        return duration(value) >= SHORTEST_S
+        return duration(value) >= _SHORTEST_S
     except RequestError:
         return False
 
