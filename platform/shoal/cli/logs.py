@@ -52,9 +52,9 @@ def logs(
 
 
 def _show_run(place: Storage, name: str, rank: int, follow: bool) -> None:
-    from shoal.api import find_run
     from shoal.errors import NotFoundError
     from shoal.train.output import log_path
+    from shoal.train.run import find_run
 
     run = find_run(place, name)
     path = log_path(run.record.logs_dir, rank)

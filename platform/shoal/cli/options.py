@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -36,7 +36,7 @@ Name = Annotated[
     typer.Option(metavar="NAME", help="Default: <recipe>-<8 hex>; the same command, the same run."),
 ]
 Seed = Annotated[int, typer.Option(metavar="N", help="Of weights, data order and dropout.")]
-Precision = Annotated[str, typer.Option(metavar="fp32|bf16", help="Of the forward pass.")]
+Precision = Annotated[Literal["fp32", "bf16"], typer.Option(metavar="fp32|bf16", help="Of the forward pass.")]
 CheckpointEvery = Annotated[
     str | None,
     typer.Option(metavar="TIME", help="The most work a crash can cost, such as 30s. Default: the file's."),
@@ -69,7 +69,7 @@ SweepName = Annotated[
     ),
 ]
 Scheduler = Annotated[
-    str,
+    Literal["asha", "pbt", "none"],
     typer.Option(
         metavar="asha|pbt|none",
         help="asha ends trials early that are worse than others at the same step; pbt replaces the worst by "

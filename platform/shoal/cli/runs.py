@@ -27,10 +27,10 @@ def runs(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this run closely.")] = None,
 ) -> None:
     """List the runs, the newest first; or show one: its identity, how far it is and what happened last."""
-    from shoal.api import find_run
     from shoal.cli.console import say
     from shoal.cli.place import storage
     from shoal.tracking import list_runs
+    from shoal.train.run import find_run
     from shoal.tune.record import pruned_runs
 
     place = storage()

@@ -30,9 +30,9 @@ def stop(name: Annotated[str, typer.Argument(metavar="NAME", help="A run or a sw
 
     The same command that started it goes on with it.
     """
-    from shoal.api import find_run
     from shoal.cli.place import storage
     from shoal.tracking import RunRecord
+    from shoal.train.run import find_run
     from shoal.tune import SweepRecord, open_sweep
 
     place = storage()

@@ -14,11 +14,11 @@ from shoal.cli.console import say
 from shoal.errors import NotFoundError, RecipeError, RequestError, ShoalError
 
 if TYPE_CHECKING:
-    from shoal.cli.training import TrainOptions
     from shoal.recipe import Recipe
     from shoal.storage import Storage
     from shoal.tracking import ResolvedModel, RunRecord
     from shoal.train.group import Group
+    from shoal.train.options import RunOptions
     from shoal.train.run import Run
     from shoal.train.spec import RunSpec
 
@@ -28,7 +28,7 @@ def is_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
     return "TORCHELASTIC_RUN_ID" in environment and "RANK" in environment
 
 
-def train_under_torchrun(recipe: Recipe, options: TrainOptions) -> None:
+def train_under_torchrun(recipe: Recipe, options: RunOptions) -> None:
     """This process's part of the run; rank 0 shows progress and the result.
 
     Ctrl-C and SIGTERM commit a checkpoint and stop.
@@ -51,7 +51,7 @@ def train_under_torchrun(recipe: Recipe, options: TrainOptions) -> None:
         _train(spec, group)
 
 
-def _spec(recipe: Recipe, options: TrainOptions) -> RunSpec:
+def _spec(recipe: Recipe, options: RunOptions) -> RunSpec:
     from shoal.cli.place import project_here
     from shoal.config import load
     from shoal.storage import Storage
@@ -60,7 +60,7 @@ def _spec(recipe: Recipe, options: TrainOptions) -> RunSpec:
     config, project = load(), project_here()
     storage = Storage(config.storage_path(project))
     init_from = None if options.init_from is None else _version(storage, options.init_from)
-    return plan_run(recipe, config, storage, project=project, **{**options.of_run(), "init_from": init_from})
+    return plan_run(recipe, options, config, storage, project=project, init_from=init_from)
 
 
 def _version(storage: Storage, text: str) -> ResolvedModel:

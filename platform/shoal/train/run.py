@@ -7,9 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from shoal.errors import DeadlineExceeded, EnvironmentFailure, NotFoundError, ShoalError, from_name
+from shoal.errors import (
+    DeadlineExceeded,
+    EnvironmentFailure,
+    NotFoundError,
+    ShoalError,
+    did_you_mean,
+    from_name,
+)
 from shoal.recipe import Objective
-from shoal.tracking import Event, RunRecord, RunState
+from shoal.storage import Storage
+from shoal.tracking import Event, RunRecord, RunState, list_runs
 from shoal.train.output import log_path
 from shoal.train.progress import Reporter, reporter
 
@@ -265,3 +273,17 @@ def where_it_goes_on(record: RunRecord) -> str:
     if not commits:
         return "nothing was committed yet; the same command starts it"
     return f"the same command goes on from step {commits[-1]['step']:,}, which is committed"
+
+
+def find_run(storage: Storage, name: str) -> Run:
+    """A handle on an existing run, with or without a cluster.
+
+    Raises:
+        NotFoundError: there is none of this name; lists those that exist.
+    """
+    record = RunRecord(storage, name)
+    if record.identity() is None:
+        known = [other.name for other in list_runs(storage)]
+        there = ", ".join(known[:8]) or "none yet"
+        raise NotFoundError(f"there is no run {name!r}; there are: {there}{did_you_mean(name, known)}")
+    return Run(record)
