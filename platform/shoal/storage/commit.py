@@ -158,13 +158,14 @@ def newest_verified(
     parent: Path,
     *,
     on_rejected: Callable[[Path, str], None],
+    named: Callable[[str], bool] = lambda _: True,
     check: Callable[[Path, Manifest], None] = lambda *_: None,
 ) -> tuple[Path, Manifest] | None:
     """The last directory in ``parent``, by name, that verifies; None when there is none.
 
-    ``check`` may raise CorruptError about one that verifies but is not what the caller looks for.
+    ``named`` says of a directory's name whether it may be one; others are not looked at. ``check`` may raise CorruptError about one that verifies but is not what the caller looks for.
     Every one tried and refused before it is passed to ``on_rejected`` with the reason, newest first, and
-    left in place. Temporary directories and plain files are not looked at.
+    left in place. Temporary directories and plain files are not looked at either.
 
     Raises:
         StorageError: the files cannot be read now. We do not fall back then: older state would be used, and
@@ -177,7 +178,7 @@ def newest_verified(
     except OSError as error:
         raise storage_error("list", parent, error) from error
     for name in names:
-        if name.startswith("."):
+        if name.startswith(".") or not named(name):
             continue
         try:
             manifest = verify(parent / name)
