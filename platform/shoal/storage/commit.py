@@ -24,6 +24,7 @@ from shoal.storage.disk import (
     LOCAL_DISK,
     Disk,
     make_directories,
+    read_plain,
     remove_quietly,
     storage_error,
 )
@@ -163,9 +164,10 @@ def newest_verified(
 ) -> tuple[Path, Manifest] | None:
     """The last directory in ``parent``, by name, that verifies; None when there is none.
 
-    ``named`` says of a directory's name whether it may be one; others are not looked at. ``check`` may raise CorruptError about one that verifies but is not what the caller looks for.
-    Every one tried and refused before it is passed to ``on_rejected`` with the reason, newest first, and
-    left in place. Temporary directories and plain files are not looked at either.
+    ``named`` says of a directory's name whether it may be one; others are not looked at, nor are temporary
+    directories and plain files. ``check`` may raise CorruptError about one that verifies but is not what the
+    caller looks for. Every one tried and refused before the one that is returned is passed to ``on_rejected``
+    with the reason, newest first, and left in place.
 
     Raises:
         StorageError: the files cannot be read now. We do not fall back then: older state would be used, and
@@ -303,15 +305,11 @@ def _seal(temporary: Path, meta: Mapping[str, Any], disk: Disk) -> Manifest:
 
 def _read_manifest(directory: Path) -> bytes:
     try:
-        with open(os.open(directory / MANIFEST, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-            content = file.read(MAX_MANIFEST_BYTES + 1)
+        return read_plain(directory / MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
     except FileNotFoundError:
         if not directory.exists():
             raise
         raise _damaged(directory, f"it has no {MANIFEST}, so it was never committed") from None
-    if len(content) > MAX_MANIFEST_BYTES:
-        raise _damaged(directory, f"{MANIFEST} has more than {MAX_MANIFEST_BYTES} bytes")
-    return content
 
 
 def _compare(directory: Path, manifest: Manifest) -> None:

@@ -20,7 +20,7 @@ from shoal.errors import (
     StorageError,
     TrackingError,
 )
-from shoal.storage import FileLock, Storage, read_json, write_json
+from shoal.storage import MAX_LINE_BYTES, FileLock, Storage, open_plain, read_json, write_json
 from shoal.tracking.delivery import (
     Batch,
     clean_text,
@@ -397,10 +397,18 @@ class Tracker:
         try:
             saved: dict[str, Any] = read_json(path)
             if saved["journal"] == journal:
-                return _Progress(journal, str(saved["run_id"]), int(saved["offset"]), str(saved["state"]))
+                if (offset := int(saved["offset"])) < 0:
+                    raise ValueError(f"offset {offset}")
+                return _Progress(journal, str(saved["run_id"]), offset, str(saved["state"]))
         except NotFoundError:
             pass  # nothing delivered yet
-        except (CorruptError, KeyError, TypeError, ValueError) as error:
+        except (
+            CorruptError,
+            KeyError,
+            TypeError,
+            ValueError,
+            OverflowError,
+        ) as error:  # not as `_save` wrote it
             self._warn(f"{path} cannot be read, delivering run {run} again: {error!r}")
         return _Progress(journal)
 
@@ -418,6 +426,6 @@ class Tracker:
 
 def _journal_id(record: RunRecord) -> str | None:
     """A digest of the journal's first line, which holds the time the run first started."""
-    with record.journal_path.open("rb") as file:
-        line = file.readline()
+    with open_plain(record.journal_path) as file:
+        line = file.readline(MAX_LINE_BYTES)
     return hashlib.sha256(record.name.encode() + line).hexdigest()[:32] if line.endswith(b"\n") else None
