@@ -49,7 +49,7 @@ def test_what_is_no_plain_file_is_damage(
     tmp_path: Path, make: Callable[[Path], None], read: Callable[[Path], object]
 ) -> None:
     make(path := tmp_path / "file")
-    with pytest.raises(CorruptError, match="file is no plain file but a .*move it away"):
+    with pytest.raises(CorruptError, match=r"file is no plain file but a .*move it away"):
         read(path)
 
 

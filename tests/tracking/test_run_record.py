@@ -167,7 +167,7 @@ def test_damage_in_the_middle_costs_only_its_own_line(record, caplog):
 def test_a_journal_that_is_a_pipe_is_damage_and_not_waited_for(record):
     record.dir.mkdir(parents=True)
     os.mkfifo(record.journal_path)
-    with pytest.raises(CorruptError, match="journal.jsonl is no plain file but a pipe"):
+    with pytest.raises(CorruptError, match=r"journal\.jsonl is no plain file but a pipe"):
         record.state()
 
 

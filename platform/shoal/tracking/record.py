@@ -225,16 +225,15 @@ class RunRecord:
         except FileNotFoundError:
             return [], 0
         complete = data[: data.rfind(b"\n") + 1]
-        if (
-            not complete and len(data) > MAX_LINE_BYTES
-        ):  # no line: a file that was cut up or grown by accident
-            complete = data
+        if not complete and len(data) > MAX_LINE_BYTES:
+            logger.warning("run %s: passed over %d bytes of its journal without a line", self.name, len(data))
+            return [], start + len(data)
         events = []
         for line in complete.splitlines():
             if (event := parse(line)) is not None:
                 events.append(event)
             elif line.strip() and not line.endswith(_CANCELLED):
-                logger.warning("run %s: skipped a journal line that cannot be read: %.80r", self.name, line)
+                logger.warning("run %s: skipped a journal line that cannot be read: %r", self.name, line[:60])
         return events, start + len(complete)
 
     # What the journal says

@@ -22,8 +22,8 @@ _ATTEMPTS = 3
 def adopt_checkpoint(source: RunRecord, target: RunRecord) -> Source:
     """Copy the newest checkpoint of ``source`` that verifies into the run ``target``; blocks until it is there.
 
-    One of another run that was put among them is passed over. The copy is ``target``'s own: what becomes of ``source`` later does not matter to it. ``target`` must not
-    have begun (`discard_leftovers`).
+    One of another run that was put among them is passed over. The copy is ``target``'s own: what becomes of
+    ``source`` later does not matter to it. ``target`` must not have begun (`discard_leftovers`).
 
     Raises:
         NotFoundError: ``source`` has no such checkpoint.
