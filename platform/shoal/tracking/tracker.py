@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import threading
 import time
@@ -324,8 +325,8 @@ class Tracker:
         )
         for batch in plan_params(identity):
             self._log(store, record.name, run_id, batch)
-        if record.identity_path.exists():
-            text = record.identity_path.read_text(errors="replace")
+        if identity:
+            text = json.dumps(identity, indent=2, sort_keys=True)
             self._keep(store, record.name, run_id, text, record.identity_path.name)
         progress.run_id = run_id  # last: cut off before, all of this is done again
 
@@ -374,7 +375,7 @@ class Tracker:
         if end.get("traceback"):
             self._keep(store, record.name, run_id, end["traceback"], "traceback.txt")
         for path in sorted(record.logs_dir.glob("*.log")):
-            with path.open("rb") as file:
+            with open_plain(path) as file:
                 file.seek(max(0, path.stat().st_size - _MAX_LOG_BYTES))
                 text = file.read().decode(errors="replace")
             self._keep(store, record.name, run_id, text, f"logs/{path.name}")
