@@ -97,10 +97,7 @@ def storage() -> Storage:
 
     try:
         info = running()
-    except (
-        ClusterError,
-        AccessError,
-    ):  # a record that cannot be read, or is another user's, must not hide the runs
+    except (ClusterError, AccessError):  # a record that cannot be read must not hide the runs
         info = None
     return Storage(info.storage) if info is not None else _written()[1]
 

@@ -221,9 +221,7 @@ def _claims(project: Path, say: Callable[[str], None]) -> list[str]:
                 f"a cluster of {project} runs as another user: {processes.describe(others)}. It was left alone; "
                 "run shoal as that user"
             )
-        with suppress(
-            ValueError
-        ):  # anybody may set the variable: what is no id names no cluster and no folder
+        with suppress(ValueError):  # anybody may set the variable; what is no id names no cluster
             claims[_checked_id(cluster_id)] = None
     return list(claims)
 

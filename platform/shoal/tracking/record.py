@@ -356,15 +356,16 @@ def read_identity(path: Path) -> dict[str, Any]:
         StorageError: it cannot be read.
     """
     found = read_json(path)
-    if not isinstance(found, dict) or (wrong := [key for key in found if not _fits(key, found[key])]):
-        what = (
-            f"{', '.join(wrong)} cannot be what was written" if isinstance(found, dict) else "it is no object"
-        )
+    damage = "it is no object"
+    if isinstance(found, dict):
+        wrong = [key for key in found if not _fits(key, found[key])]
+        damage = f"{', '.join(wrong)} cannot be what was written" if wrong else ""
+    if damage:
         raise CorruptError(
-            f"{path} is damaged: {what}. Restore it from a copy, or move {path.parent} away and start again "
+            f"{path} is damaged: {damage}. Restore it from a copy, or move {path.parent} away and start again "
             "under another name"
         )
-    return found
+    return dict(found)
 
 
 def _fits(key: str, value: Any) -> bool:

@@ -403,13 +403,7 @@ class Tracker:
                 return _Progress(journal, str(saved["run_id"]), offset, str(saved["state"]))
         except NotFoundError:
             pass  # nothing delivered yet
-        except (
-            CorruptError,
-            KeyError,
-            TypeError,
-            ValueError,
-            OverflowError,
-        ) as error:  # not as `_save` wrote it
+        except (CorruptError, KeyError, TypeError, ValueError, OverflowError) as error:
             self._warn(f"{path} cannot be read, delivering run {run} again: {error!r}")
         return _Progress(journal)
 
