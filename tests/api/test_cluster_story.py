@@ -18,7 +18,8 @@ from projects import ROOT
 from shoal import api
 from shoal.errors import CorruptError, IdentityError, NotFoundError, RecipeError, RequestError
 from shoal.tracking import RunRecord, RunState, ensure_tracker
-from shoal.train.checkpoints import checkpoint_path, read_checkpoint
+from shoal.train.checkpoints import read_checkpoint
+from shoal.train.stamp import checkpoint_path
 from waiting import wait_until
 
 pytestmark = pytest.mark.cluster

@@ -336,6 +336,33 @@ def test_logs_of_an_app_come_from_all_its_replicas_and_no_other_apps(project: Pa
     assert sorted(shoal("logs", "digits").out.splitlines()) == ["digits a", "digits b"]
 
 
+def test_a_log_that_is_rotated_while_it_is_looked_for_does_not_end_the_command(
+    project: Path, shoal: Shoal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Storage(project / ".shoal").app_logs_dir
+    folder.mkdir(parents=True)
+    (folder / "replica_digits_endpoint_a.log").write_text("digits a\n")
+    listed = [folder / "replica_digits_endpoint_gone.log", *folder.glob("replica_*.log")]
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(listed))
+    assert shoal("logs", "digits").out == "digits a\n"
+
+
+@pytest.mark.parametrize("owner", ["mine", "theirs"])
+def test_runs_are_shown_whatever_the_clusters_record_is(
+    project: Path, shoal: Shoal, monkeypatch: pytest.MonkeyPatch, owner: str
+) -> None:
+    write_run(project)
+    (project / ".shoal" / "cluster.json").write_text("{")
+    if owner == "theirs":
+        me = os.getuid()
+        monkeypatch.setattr(os, "getuid", lambda: me + 1)
+    outcome = shoal("runs")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "digits-1" in outcome.out
+    refused = shoal("status")
+    assert ("as that user" if owner == "theirs" else "shoal down") in refused.err
+
+
 def test_logs_of_nothing(project: Path, shoal: Shoal) -> None:
     outcome = shoal("logs", "nobody")
     assert outcome.code == 2

@@ -145,6 +145,27 @@ def guest(monkeypatch: pytest.MonkeyPatch, folder: Path, **settings: Any) -> Non
     monkeypatch.chdir(folder)
 
 
+def test_a_guest_may_keep_runs_beside_the_jobs_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that begins as the folder's does is not in it."""
+    (folder := tmp_path / "job").mkdir()
+    guest(monkeypatch, folder, storage=f"{folder}2", tracking=f"sqlite:///{folder}2/mlflow.db")
+    info = this_cluster()
+    assert info is not None
+    assert info.storage == tmp_path / "job2"
+
+
+def test_a_guest_is_refused_a_link_into_the_jobs_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder := tmp_path / "job").mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    guest(monkeypatch, folder, storage=str(tmp_path / "link" / "runs"))
+    with pytest.raises(ConfigError, match="throws away"):
+        this_cluster()
+
+
 def test_a_guest_reads_its_file_for_what_a_record_would_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 from projects import ROOT
 from shoal.storage import Storage
 from shoal.tracking import RunRecord, RunState
-from shoal.train.checkpoints import checkpoint_path
+from shoal.train.stamp import checkpoint_path
 
 STEPS = 100
 TRAINEE = Path(__file__).with_name("trainee.py")

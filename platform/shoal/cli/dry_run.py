@@ -129,6 +129,7 @@ def _checkpoint_bytes(session: Session) -> int:
         scheduler=session.scheduler,
         random_states=[capture_random_state()],
         facts={},
+        run="",
         values={},
     )
     tensors = [*snap.model.values(), *snap.rest.tensors.values()]

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated
 
@@ -81,8 +82,12 @@ def _show_app(place: Storage, name: str, follow: bool) -> None:
     folder = place.app_logs_dir
 
     def files() -> Iterable[Path]:
-        found = [path for path in folder.glob("replica_*.log") if _app_of(path) == name]
-        return sorted(found, key=lambda path: path.stat().st_mtime)
+        found = []
+        for path in folder.glob("replica_*.log"):
+            with suppress(FileNotFoundError):  # rotated since it was listed: it is here under its next name
+                if _app_of(path) == name:
+                    found.append((path.stat().st_mtime, path))
+        return [path for _, path in sorted(found)]
 
     if not files():
         known = [*(record.name for record in list_runs(place)), *map(_app_of, folder.glob("replica_*.log"))]
@@ -119,7 +124,7 @@ class Tail:
             try:
                 with path.open("rb") as file:
                     self._copy(file)
-            except FileNotFoundError:  # not written yet, or just rotated
+            except FileNotFoundError:  # not written yet, or just rotated: the next look finds it
                 continue
         self._out.flush()
 

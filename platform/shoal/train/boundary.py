@@ -13,7 +13,7 @@ from shoal.train.group import Group
 from shoal.train.resume import Beginning, facts
 from shoal.train.seeds import capture_random_state
 from shoal.train.session import Session
-from shoal.train.spec import RunSpec
+from shoal.train.spec import RunSpec, digest_of
 
 WRITE_SLICE_S = 5.0
 """How long rank 0 waits for a checkpoint to be written before it tells its peers that it still does."""
@@ -32,6 +32,7 @@ class RunBoundary:
         self._best: float | None = None
         self._saved_step: int | None = None
         self._stop = False
+        self._run = digest_of(record.identity())
         self._writer = (
             CheckpointWriter(
                 record.checkpoints_dir,
@@ -130,6 +131,7 @@ class RunBoundary:
                     scheduler=session.scheduler,
                     random_states=random_states,
                     facts=facts(self._spec, self._group),
+                    run=self._run,
                     values=values,
                 )
             )

@@ -12,13 +12,15 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from shoal.errors import NotFoundError, RequestError, did_you_mean
+from shoal.errors import CorruptError, NotFoundError, RequestError, did_you_mean
 from shoal.recipe import Objective
-from shoal.storage import FileLock, StopMark, Storage, append_line, claim, read_json, read_lines
-from shoal.tracking import RunRecord, RunState, check_run_name
+from shoal.storage import FileLock, StopMark, Storage, append_line, claim, read_lines
+from shoal.tracking import RunRecord, RunState, check_run_name, read_identity
 from shoal.train.spec import Source
 
 _IDENTITY = "sweep.json"
+_PARTS = {"objective", "space"}
+"""Of ``sweep.json``, without which a sweep cannot be shown."""
 MAX_TRIALS = 999
 """A trial's number has three digits in its run's name."""
 
@@ -84,9 +86,23 @@ class Trial:
             plain = json.loads(line)
             number = int(plain.pop("trial"))
             source = Source(**plain.pop("source")) if "source" in plain else None
-            return cls(number=number, state=TrialState(plain.pop("state")), source=source, **plain)
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+            trial = cls(number=number, state=TrialState(plain.pop("state")), source=source, **plain)
+            return trial if trial._is_well_formed() else None
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, RequestError):
             return None
+
+    def _is_well_formed(self) -> bool:
+        """Whether every part has its type, which a damaged line need not. Raises RequestError for a run's name."""
+        check_run_name(self.run)
+        numbers = [*self.values.values(), *([] if self.value is None else [self.value])]
+        return (
+            1 <= self.number <= MAX_TRIALS
+            and isinstance(self.fields, dict)
+            and all(isinstance(number, int | float) for number in numbers)
+            and isinstance(self.step, int)
+            and isinstance(self.error, str)
+            and isinstance(self.replaced_by, str)
+        )
 
 
 class SweepRecord:
@@ -125,6 +141,8 @@ class SweepRecord:
             IdentityError: the name belongs to another search; the message shows every difference.
             CorruptError, StorageError: what is recorded cannot be read, or it cannot be written.
         """
+        if self._identity_path.exists():
+            self.identity()  # says what is damaged, where a comparison would only say what differs
         return claim(
             self._identity_path,
             identity,
@@ -144,7 +162,12 @@ class SweepRecord:
             raise NotFoundError(
                 f"no sweep {self.name!r}; there are: {', '.join(there) or 'none'}{did_you_mean(self.name, there)}"
             )
-        identity: dict[str, Any] = read_json(self._identity_path)
+        identity = read_identity(self._identity_path)
+        if missing := _PARTS - identity.keys():
+            raise CorruptError(
+                f"{self._identity_path} is damaged: it has no {', '.join(sorted(missing))}. Restore it from a copy, "
+                f"or move {self.dir} away and search under another name"
+            )
         return identity
 
     def mark_stop(self) -> None:
