@@ -94,11 +94,6 @@ class Workers:
         self._controller: Any = None
         self._num_failures = 0
 
-    @property
-    def is_aborted(self) -> bool:
-        """Whether `abort` was called."""
-        return self._stop.is_set()
-
     def run(self) -> None:
         """Run until ``fn`` returned on every worker; returns early, without an error, after `abort`.
 
