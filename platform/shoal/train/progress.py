@@ -14,13 +14,15 @@ PLAIN_INTERVAL_S = 5.0
 
 
 class Reporter(Protocol):
-    """Somebody who shows how far the run is."""
+    """Somebody who shows how far a run or a sweep is."""
 
     def update(self) -> None: ...
     def say(self, text: str) -> None: ...
 
 
-class _Silent:
+class Silent:
+    """Nobody watches."""
+
     def update(self) -> None:
         """Show nothing."""
 
@@ -32,7 +34,7 @@ class _Silent:
 def reporter(record: RunRecord, *, enabled: bool) -> Iterator[Reporter]:
     """A reporter that fits where this process's output goes; takes its bar away on exit."""
     if not enabled:
-        yield _Silent()
+        yield Silent()
         return
     from rich.console import Console
 
