@@ -5,7 +5,9 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -15,8 +17,8 @@ import shoal
 from shoal.cli.app import app
 from shoal.cli.detached import entrypoint
 from shoal.cli.job import make_job_app
-from shoal.cli.torchrun import _spec
-from shoal.errors import NotFoundError, RequestError
+from shoal.cli.torchrun import _spec, _train
+from shoal.errors import InternalError, NotFoundError, RecipeError, RequestError
 from shoal.recipe import field_values, parse_fields
 from shoal.train.options import RunOptions
 from shoal.train.revision import code_revision
@@ -74,6 +76,33 @@ def test_under_torchrun_other_models_are_refused(
 ) -> None:
     with pytest.raises(kind, match=message):
         _spec(Tagged(), RunOptions(init_from=text))
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "exit_code"),
+    [
+        (ZeroDivisionError("by zero"), RecipeError, 2),
+        (RequestError("no such split"), RequestError, 2),
+        (InternalError("a bug"), InternalError, 70),
+    ],
+)
+def test_under_torchrun_a_failure_is_of_the_kind_that_was_recorded(
+    project: Path, raised: Exception, kind: type[Exception], exit_code: int
+) -> None:
+    from shoal.train.group import Group
+    from toy import Toy
+
+    class Failing(Toy):
+        def loss(self, model: Any, batch: Any) -> Any:
+            raise raised
+
+    spec = _spec(Failing(), RunOptions())
+    with pytest.raises(kind, match=str(raised)) as failure:
+        _train(spec, Group.alone())
+    assert type(failure.value) is kind
+    with pytest.raises(SystemExit) as end:  # of the others: the first says why
+        _train(spec, replace(Group.alone(), rank=1))
+    assert end.value.code == exit_code
 
 
 @pytest.mark.parametrize("option", ["--dry-run", "--detach"])

@@ -211,7 +211,8 @@ def write_trial(project: Path, number: int, state: TrialState, ended: str = "sto
     record = write_run(project, f"s-t{number:03d}", ended=False)
     record.append("end", step=10, state=ended, error="", traceback="")
     sweep = SweepRecord(Storage(project / ".shoal"), "s")
-    sweep.claim({"recipe": "jobs.digits:Digits", "objective": {"metric": "accuracy", "mode": "max"}})
+    objective = {"metric": "accuracy", "mode": "max"}
+    sweep.claim({"recipe": "jobs.digits:Digits", "objective": objective, "space": {}})
     sweep.book(Trial(number=number, run=record.name, fields={"lr": 0.5}, state=state, step=10))
     return record
 

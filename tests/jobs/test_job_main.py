@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from projects import ROOT, write_project
+from projects import ROOT, outside_environment, write_project
 from shoal.storage import Storage
 from shoal.tracking import RunRecord, RunState, list_runs
 from waiting import DEADLINE_S, wait_until
@@ -18,8 +17,7 @@ from waiting import DEADLINE_S, wait_until
 
 def environment() -> dict[str, str]:
     """As on a machine with the dependencies and without shoal: `jobs` must put it on the path."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SHOAL_", "RAY_"))}
-    return {**kept, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    return outside_environment(PYTHONPATH="", OMP_NUM_THREADS="1")
 
 
 @pytest.fixture

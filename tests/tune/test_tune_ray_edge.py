@@ -178,6 +178,16 @@ def nothing_left(cluster: ClusterInfo) -> Iterator[None]:
     wait_until(lambda: free() >= before[2], "all CPUs to be free")
 
 
+def start_pair(cluster: ClusterInfo, folder: Path, *, name: str) -> Sweep:
+    """One trial on two workers, of which one waits half way to be killed."""
+    return start_sweep(
+        cluster,
+        Line(flag_dir=str(folder)),
+        SPACE,
+        SweepOptions(trials=1, concurrent=1, workers=2, name=name, scheduler="none"),
+    )
+
+
 @pytest.mark.cluster
 @pytest.mark.usefixtures("by_value", "nothing_left")
 class TestTrialsOfTwoWorkers:
@@ -186,11 +196,11 @@ class TestTrialsOfTwoWorkers:
             cluster,
             Line(),
             SPACE,
-            SweepOptions(trials=5, concurrent=5, workers=2, name="pairs", scheduler="none"),
+            SweepOptions(trials=3, concurrent=3, workers=2, name="pairs", scheduler="none"),
         )
-        assert "2 at a time instead of 5" in sweep.note
+        assert "2 at a time instead of 3" in sweep.note
         sweep.wait(progress=False, timeout_s=180)
-        assert [trial.state for trial in sweep.trials] == [TrialState.FINISHED] * 5
+        assert [trial.state for trial in sweep.trials] == [TrialState.FINISHED] * 3
         for trial in sweep.trials:
             run = RunRecord(Storage(cluster.storage), trial.run)
             (start,) = run.events(("start",))
@@ -211,7 +221,7 @@ class TestTrialsOfTwoWorkers:
                 workers=2,
                 name="pruned-pair",
                 seed=SEED_THAT_BEGINS_WITH_THE_FIRST,
-                steps=6_000,
+                steps=3_000,
             ),
         ).wait(progress=False, timeout_s=180)
         better, worse = sweep.trials
@@ -221,7 +231,7 @@ class TestTrialsOfTwoWorkers:
         wait_until(lambda: run.state() is not RunState.RUNNING, "its workers to stop")
         assert run.state() is RunState.STOPPED
         assert run.events(("checkpoint",))[-1]["step"] == run.step
-        assert 0 < run.step < 6_000
+        assert 0 < run.step < 3_000
 
     def test_a_killed_worker_is_replaced_where_it_was(
         self, cluster: ClusterInfo, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -231,12 +241,7 @@ class TestTrialsOfTwoWorkers:
         def rooms() -> set[str]:
             return {name for name, group in placement_group_table().items() if group["state"] == "CREATED"}
 
-        sweep = start_sweep(
-            cluster,
-            Line(flag_dir=str(tmp_path)),
-            SPACE,
-            SweepOptions(trials=1, concurrent=1, workers=2, name="killed-worker", scheduler="none"),
-        )
+        sweep = start_pair(cluster, tmp_path, name="killed-worker")
         run = RunRecord(Storage(cluster.storage), run_of("killed-worker", 1))
         victim = wait_for_victim(tmp_path)
         wait_until(lambda: bool(run.events(("checkpoint",))), "a commit to go on from")
@@ -259,12 +264,7 @@ class TestTrialsOfTwoWorkers:
             return {actor.pid for actor in list_actors(filters=[("state", "=", "ALIVE")], limit=1000)}
 
         others = actors()  # of Serve, say, which an earlier test started
-        sweep = start_sweep(
-            cluster,
-            Line(flag_dir=str(tmp_path)),
-            SPACE,
-            SweepOptions(trials=1, concurrent=1, workers=2, name="killed-pair", scheduler="none"),
-        )
+        sweep = start_pair(cluster, tmp_path, name="killed-pair")
         run = RunRecord(Storage(cluster.storage), run_of("killed-pair", 1))
         wait_for_victim(tmp_path)
         wait_until(lambda: bool(run.events(("checkpoint",))), "a commit to go on from")

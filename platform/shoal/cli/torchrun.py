@@ -11,7 +11,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from shoal.cli.console import say
-from shoal.errors import NotFoundError, RecipeError, RequestError, ShoalError
+from shoal.errors import NotFoundError, RequestError, ShoalError
 
 if TYPE_CHECKING:
     from shoal.recipe import Recipe
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from shoal.tracking import ResolvedModel, RunRecord
     from shoal.train.group import Group
     from shoal.train.options import RunOptions
-    from shoal.train.run import Run
     from shoal.train.spec import RunSpec
 
 
@@ -35,7 +34,7 @@ def train_under_torchrun(recipe: Recipe, options: RunOptions) -> None:
 
     Raises:
         RequestError: the run cannot be as asked. NotFoundError: no such version to start from.
-        RecipeError, EnvironmentFailure: it failed.
+        RecipeError, EnvironmentFailure, InternalError: it failed; the kind that was recorded.
     """
     from shoal.train.group import torchrun_group
 
@@ -79,6 +78,7 @@ def _version(storage: Storage, text: str) -> ResolvedModel:
 
 def _agree(spec: RunSpec, group: Group) -> str:
     """Rank 0 checks for all whether the run may start; returns a note if it is finished already."""
+    from shoal.cli.failures import exit_code_of
     from shoal.train.driver import finished_run, prepare
 
     note, problem = "", None
@@ -95,34 +95,28 @@ def _agree(spec: RunSpec, group: Group) -> str:
     if problem is not None:
         if group.is_first:
             raise problem
-        raise SystemExit(2 if isinstance(problem, RequestError) else 1)  # rank 0 says why
+        raise SystemExit(exit_code_of(problem))  # rank 0 says why
     return note
 
 
 def _train(spec: RunSpec, group: Group) -> None:
-    from shoal.tracking import RunRecord, RunState
+    from shoal.cli.failures import exit_code_of
+    from shoal.cli.training import show_result
+    from shoal.tracking import RunRecord
     from shoal.train.engine import train_worker
     from shoal.train.run import Run
 
     record = RunRecord(spec.storage, spec.name)
     with _stop_on_signals(record), _progress(record, shown=group.is_first):
         train_worker(spec, group)
+    try:
+        run = Run(record).wait(progress=False)  # it has ended; this raises why it failed
+    except ShoalError as err:
+        if group.is_first:
+            raise
+        raise SystemExit(exit_code_of(err)) from None  # rank 0 says why
     if group.is_first:
-        _show(Run(record))
-    if record.summary().ended is not None and record.state() == RunState.FAILED:
-        raise SystemExit(2)
-
-
-def _show(run: Run) -> None:
-    from shoal.cli.training import show_result
-
-    end = run.record.summary().ended
-    if end is not None and end["state"] == "failed":
-        raise RecipeError(
-            f"run {run.name!r} failed at step {end['step']}: {end['error']}",
-            traceback_text=str(end["traceback"]),
-        )
-    show_result(run)
+        show_result(run)
 
 
 @contextmanager

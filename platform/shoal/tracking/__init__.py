@@ -4,7 +4,7 @@ Importing this loads neither MLflow nor Ray nor pandas.
 """
 
 from shoal.tracking.actor import TrackerClient, ensure_tracker, open_registry
-from shoal.tracking.journal import Event, Folded, RunState, derive_state
+from shoal.tracking.journal import Event, Folded, RunState
 from shoal.tracking.record import RunRecord, being_trained, check_run_name, list_runs, read_identity
 from shoal.tracking.registry import RegisteredModel, Registry, ResolvedModel, parse_spec
 from shoal.tracking.tracker import Tracker, TrackerStatus
@@ -22,7 +22,6 @@ __all__ = [
     "TrackerStatus",
     "being_trained",
     "check_run_name",
-    "derive_state",
     "ensure_tracker",
     "list_runs",
     "open_registry",

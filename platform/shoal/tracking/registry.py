@@ -71,7 +71,6 @@ class RegistryBackend(Protocol):
     def mark_ready(self, model: str, version: int, *, tags: Mapping[str, str]) -> None: ...
     def abandon(self, model: str, version: int) -> None: ...
     def set_alias(self, model: str, alias: str, version: int) -> None: ...
-    def delete_alias(self, model: str, alias: str) -> None: ...
     def resolve(self, spec: str) -> ResolvedModel: ...
     def versions(self, model: str) -> list[ResolvedModel]: ...
     def models(self) -> list[RegisteredModel]: ...
@@ -137,10 +136,6 @@ class Registry:
     def set_alias(self, model: str, alias: str, version: int) -> None:
         """Point ``alias`` at ``version``, in one step: nobody sees it point nowhere."""
         self._backend.set_alias(check_model_name(model), check_alias(alias), version)
-
-    def delete_alias(self, model: str, alias: str) -> None:
-        """Forget ``alias``; the version it pointed at stays."""
-        self._backend.delete_alias(check_model_name(model), check_alias(alias))
 
     def _abandon(self, model: str, version: int) -> None:
         try:
@@ -230,14 +225,6 @@ class RegistryStore:
         store = self._store()
         with self._writing, store.translated():
             store.client.set_registered_model_alias(model, alias, str(version))
-
-    def delete_alias(self, model: str, alias: str) -> None:
-        """Forget ``alias``."""
-        check_alias(alias)
-        self.resolve(f"{model}@{alias}")
-        store = self._store()
-        with self._writing, store.translated():
-            store.client.delete_registered_model_alias(model, alias)
 
     def resolve(self, spec: str) -> ResolvedModel:
         """The ready version that ``spec`` means."""

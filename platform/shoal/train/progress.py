@@ -14,13 +14,15 @@ PLAIN_INTERVAL_S = 5.0
 
 
 class Reporter(Protocol):
-    """Somebody who shows how far the run is."""
+    """Somebody who shows how far a run or a sweep is."""
 
     def update(self) -> None: ...
     def say(self, text: str) -> None: ...
 
 
-class _Silent:
+class Silent:
+    """Nobody watches."""
+
     def update(self) -> None:
         """Show nothing."""
 
@@ -43,7 +45,7 @@ def reporter(
     ``waits_for`` says what keeps the run from starting.
     """
     if not enabled:
-        yield _Silent()
+        yield Silent()
         return
     from rich.console import Console
 

@@ -95,11 +95,6 @@ class Workers:
         self._num_failures = 0
 
     @property
-    def is_aborted(self) -> bool:
-        """Whether `abort` was called."""
-        return self._stop.is_set()
-
-    @property
     def has_room(self) -> bool:
         """Whether room was granted and the workers start, or run."""
         return self._controller is not None

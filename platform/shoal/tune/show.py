@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shoal.recipe import Objective
+from shoal.train.progress import Reporter, Silent
 from shoal.tune.record import Trial, TrialState
 
 if TYPE_CHECKING:
@@ -29,26 +30,11 @@ class Watched(Protocol):
     def objective(self) -> Objective: ...
 
 
-class Reporter(Protocol):
-    """Somebody who shows how a sweep goes."""
-
-    def update(self) -> None: ...
-    def say(self, text: str) -> None: ...
-
-
-class _Silent:
-    def update(self) -> None:
-        """Show nothing."""
-
-    def say(self, text: str) -> None:
-        """Show nothing."""
-
-
 @contextmanager
 def reporter(sweep: Watched, num_trials: int, *, enabled: bool) -> Iterator[Reporter]:
     """A reporter that fits where this process's output goes; a table stays as the trials stand on exit."""
     if not enabled:
-        yield _Silent()
+        yield Silent()
         return
     from rich.console import Console
 
