@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -28,7 +29,7 @@ GOAL = 0.97
 CLUSTER = "version: 1\nname: bench-train\nserve: {port: 0}\ntargets: {local: {cpu: 2}}\n"
 
 
-def shoal_rate(cluster: shoal.Cluster, case: str, save_every_s: float) -> float:
+def shoal_rate(cluster: shoal.Cluster, case: str, save_every_s: float, **options: Any) -> float:
     """Steps per second of the counted steps, from the run's own journal."""
     recipe_class, warm_up, counted = CASES[case]
     run = cluster.train(
@@ -37,6 +38,7 @@ def shoal_rate(cluster: shoal.Cluster, case: str, save_every_s: float) -> float:
         steps=warm_up + counted + 1,
         checkpoint_every=save_every_s or 1e6,
         name=f"bench-{time.time_ns()}",
+        **options,
     ).wait(progress=False)
     lines = [
         event for event in run.record.events(("metrics",)) if warm_up <= event["step"] <= warm_up + counted

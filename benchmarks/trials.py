@@ -89,7 +89,7 @@ def run_raw(name: str) -> None:
 
 def run_shoal(name: str) -> None:
     from shoal.cluster import ClusterInfo
-    from shoal.tune import loguniform, start_sweep
+    from shoal.tune import SweepOptions, loguniform, start_sweep
 
     info = ClusterInfo.from_env()
     assert info is not None
@@ -97,10 +97,7 @@ def run_shoal(name: str) -> None:
         info,
         OneStep(),
         {"lr": loguniform(1e-3, 1e-1)},
-        trials=NUM_TRIALS,
-        concurrent=CONCURRENT,
-        name=name,
-        scheduler="none",
+        SweepOptions(trials=NUM_TRIALS, concurrent=CONCURRENT, name=name, scheduler="none"),
     ).wait(progress=False)
     assert all(trial.state == "finished" for trial in sweep.trials), sweep.frame()
 

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+_READ_SERVE_URL = 'import json; print(json.load(open(".shoal/cluster.json"))["serve_url"])'
+
+
+SERVE_URL = "http://127.0.0.1:8000"
+"""Where documents ask an app; in tests the port is a free one."""
+FOUND_SERVE_URL = f"$({shlex.quote(sys.executable)} -c {shlex.quote(_READ_SERVE_URL)})"
+"""The same in a shell in the project's folder, as its running cluster knows it."""
 
 
 def outside_environment(**extra: str) -> dict[str, str]:

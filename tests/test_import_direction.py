@@ -82,9 +82,10 @@ def test_the_platform_folder_never_shadows_the_standard_library() -> None:
     assert not (ROOT / "platform" / "__init__.py").exists()
 
 
-def test_importing_shoal_loads_nothing_heavy_and_takes_little_cpu() -> None:
+@pytest.mark.parametrize("module", ["shoal", "shoal.train.options"])
+def test_importing_loads_nothing_heavy_and_takes_little_cpu(module: str) -> None:
     code = (
-        "import sys, resource; import shoal; "
+        f"import sys, resource; import {module}; "
         "heavy = {'torch', 'ray', 'mlflow', 'pandas', 'numpy', 'pydantic'} & set(sys.modules); "
         "assert not heavy, heavy; print(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from projects import ROOT, outside_environment, write_project
+from projects import FOUND_SERVE_URL, ROOT, SERVE_URL, outside_environment, write_project
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.M | re.S)
@@ -65,7 +64,7 @@ def test_the_five_minutes_work_as_written(tmp_path: Path) -> None:
         if ("shoal" in body and "make demo" not in body and "class Tiny" not in body)
     ]
     assert [language for language, _ in tour] == ["bash", "python", "bash"]
-    project = write_project(tmp_path / "project")
+    project = write_project(tmp_path / "project", cpu=3)  # two workers beside an app
     (project / "docs").mkdir()
     shutil.copy(ROOT / "docs" / "seven.png", project / "docs")
     shutil.rmtree(project / "jobs", ignore_errors=True)
@@ -76,10 +75,8 @@ def test_the_five_minutes_work_as_written(tmp_path: Path) -> None:
     try:
         for language, body in tour:
             script = body.replace("source .venv/bin/activate", "")
-            if language == "bash" and "127.0.0.1:8000" in script:
-                url = 'print(__import__("json").load(open(".shoal/cluster.json"))["serve_url"])'
-                asked = f"$({shlex.quote(sys.executable)} -c {shlex.quote(url)})"
-                script = script.replace("http://127.0.0.1:8000", asked)
+            if language == "bash":
+                script = script.replace(SERVE_URL, FOUND_SERVE_URL)
             printed = run_script(script, project, interpreter="bash" if language == "bash" else "py")
             if "curl" in script:
                 assert '"class"' in printed

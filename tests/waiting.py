@@ -11,17 +11,22 @@ DEADLINE_S = 120.0
 
 
 def wait_until(
-    condition: Callable[[], object], what: str | Callable[[], str], *, timeout_s: float = DEADLINE_S
-) -> None:
-    """Return once ``condition()`` is true; asked at most 50 times a second, so that what it waits for has the CPU.
+    condition: Callable[[], object],
+    what: str | Callable[[], object],
+    *,
+    timeout_s: float = DEADLINE_S,
+    every_s: float = 0.02,
+) -> float:
+    """Seconds until ``condition()`` was true; asked every ``every_s``, so that what it waits for has the CPU.
 
     Raises:
         AssertionError: not within ``timeout_s``; it says ``what``, or what ``what()`` says then.
     """
-    deadline = time.monotonic() + timeout_s
+    began = time.monotonic()
     pause = threading.Event()
     while not condition():
-        assert time.monotonic() < deadline, (
+        assert time.monotonic() - began < timeout_s, (
             f"not so after {timeout_s:g} s: {what() if callable(what) else what}"
         )
-        pause.wait(0.02)
+        pause.wait(every_s)
+    return time.monotonic() - began

@@ -23,7 +23,8 @@ fields through pickling, because they cross processes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,6 +139,15 @@ class DeadlineExceeded(EnvironmentFailure):
 
 class InternalError(ShoalError):
     """A bug in shoal."""
+
+
+def did_you_mean(asked: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """``; did you mean digits-1?`` for a message about a name that does not exist; empty when none is near.
+
+    ``cutoff`` is how alike the names must be, from 0 to 1, as in `difflib.get_close_matches`.
+    """
+    near = difflib.get_close_matches(asked, list(known), n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def from_name(kind: str, message: str, *, traceback_text: str = "") -> ShoalError:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, dataclass_transform, get_type_hints
 
-from shoal.errors import NotFoundError, RecipeError
+from shoal.errors import NotFoundError, RecipeError, did_you_mean
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
@@ -266,7 +266,8 @@ def load_recipe(ref: str) -> type[Recipe]:
         found = getattr(module, class_name, None)
         if not (isinstance(found, type) and issubclass(found, Recipe)):
             raise NotFoundError(
-                f"{module_name} has no recipe {class_name!r}; it has: {_names(module) or 'none'}"
+                f"{module_name} has no recipe {class_name!r}; it has: {', '.join(_names(module)) or 'none'}"
+                + did_you_mean(class_name, _names(module))
             )
         return found
     own = _own_recipes(module)
@@ -316,8 +317,8 @@ def _own_recipes(module: Any) -> list[type[Recipe]]:
     ]
 
 
-def _names(module: Any) -> str:
-    return ", ".join(c.__name__ for c in _own_recipes(module))
+def _names(module: Any) -> list[str]:
+    return [c.__name__ for c in _own_recipes(module)]
 
 
 def field_values(recipe: Recipe) -> dict[str, Any]:

@@ -17,8 +17,9 @@ import shoal
 from projects import ROOT
 from shoal import api
 from shoal.errors import CorruptError, IdentityError, NotFoundError, RecipeError, RequestError
-from shoal.tracking import RunState
-from shoal.train.checkpoints import checkpoint_path, read_checkpoint
+from shoal.tracking import RunRecord, RunState, ensure_tracker
+from shoal.train.checkpoints import read_checkpoint
+from shoal.train.stamp import checkpoint_path
 from waiting import wait_until
 
 pytestmark = pytest.mark.cluster
@@ -91,7 +92,7 @@ def test_a_driver_that_is_killed_leaves_a_run_that_the_same_command_goes_on_with
         [sys.executable, "-c", DRIVER, str(attached.info.project)], env=environment, stderr=subprocess.DEVNULL
     )
     try:
-        record = api.RunRecord(attached.storage, "killed-driver")
+        record = RunRecord(attached.storage, "killed-driver")
         wait_until(lambda: record.step >= 50, lambda: f"step {record.step}")
     finally:
         driver.kill()
@@ -167,7 +168,7 @@ def test_what_is_not_there_is_named_with_what_is(attached: shoal.Cluster, traine
 
 
 def test_a_run_without_a_checkpoint_cannot_be_registered(attached: shoal.Cluster) -> None:
-    run = shoal.Run(api.RunRecord(attached.storage, "too-many"))
+    run = shoal.Run(RunRecord(attached.storage, "too-many"))
     with pytest.raises(NotFoundError, match="no checkpoint yet"):
         attached.models.register("nothing", run)
 
@@ -186,6 +187,6 @@ def test_a_changed_model_file_is_noticed(attached: shoal.Cluster, trained: shoal
 
 
 def test_runs_reach_mlflow(attached: shoal.Cluster, trained: shoal.Run) -> None:
-    tracker = api.ensure_tracker(attached.info)
+    tracker = ensure_tracker(attached.info)
     wait_until(lambda: tracker.flush().behind_runs == 0, lambda: repr(tracker.status()))
     assert tracker.status().state == "ok"

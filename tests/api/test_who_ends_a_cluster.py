@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from projects import write_project
-from shoal import api
+from shoal.api import connection
 from shoal.config import load
 
 
@@ -41,24 +41,24 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
     def register(function: Callable[..., None], *arguments: Any) -> None:
         fakes.at_exit.append(lambda: function(*arguments))
 
-    monkeypatch.setattr(api, "up_plan", up_plan)
+    monkeypatch.setattr(connection, "up_plan", up_plan)
     monkeypatch.setattr(
-        api, "read_record", lambda _: fakes.recorded and SimpleNamespace(cluster_id=fakes.recorded)
+        connection, "read_record", lambda _: fakes.recorded and SimpleNamespace(cluster_id=fakes.recorded)
     )
-    monkeypatch.setattr(api, "attach_driver", lambda info: fakes.prepared.append(info.cluster_id))
-    monkeypatch.setattr(api, "ensure_tracker", lambda _: None)
-    monkeypatch.setattr(api, "add_warm_processes", lambda _: None)
-    monkeypatch.setattr(api, "detach", lambda: None)
-    monkeypatch.setattr(api.clusters, "find", lambda _: None)
-    monkeypatch.setattr(api.clusters, "down", fakes.downs.append)
-    monkeypatch.setattr(api.atexit, "register", register)
+    monkeypatch.setattr(connection, "attach_driver", lambda info: fakes.prepared.append(info.cluster_id))
+    monkeypatch.setattr(connection, "ensure_tracker", lambda _: None)
+    monkeypatch.setattr(connection, "add_warm_processes", lambda _: None)
+    monkeypatch.setattr(connection, "detach", lambda: None)
+    monkeypatch.setattr(connection.clusters, "find", lambda _: None)
+    monkeypatch.setattr(connection.clusters, "down", fakes.downs.append)
+    monkeypatch.setattr(connection.atexit, "register", register)
     return fakes
 
 
 def start(folder: Path) -> None:
     """As `connect` does where no cluster runs."""
     project = write_project(folder)
-    api._start(load(project), project)
+    connection._start(load(project), project)
 
 
 def test_a_cluster_that_connect_started_ends_with_the_process(tmp_path: Path, fakes: Fakes) -> None:
@@ -87,5 +87,5 @@ def test_one_that_was_ended_or_replaced_is_let_be(tmp_path: Path, fakes: Fakes, 
 
 def test_what_shoal_up_starts_stays(tmp_path: Path, fakes: Fakes) -> None:
     project = write_project(tmp_path)
-    api.bring_up(load(project), project, say=print)
+    connection.bring_up(load(project), project, say=print)
     assert (len(fakes.prepared), fakes.at_exit) == (1, [])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.capacity import Holder, NodeFree, Snapshot, ceiling, grant
+from shoal.capacity import Holding, NodeFree, Snapshot, ceiling, grant
 from shoal.config import Range
 from shoal.errors import RequestError
 
@@ -76,9 +76,9 @@ def test_what_is_impossible_does_not_depend_on_who_holds_what(
     assert len(outcomes) == 1
 
 
-def one_node(*, total: float, free: float, holders: tuple[Holder, ...] = ()) -> Snapshot:
+def one_node(*, total: float, free: float, held: tuple[Holding, ...] = ()) -> Snapshot:
     node = NodeFree(name="here", total={"CPU": total}, free={"CPU": free})
-    return Snapshot(nodes=(node,), holders=holders)
+    return Snapshot(nodes=(node,), held=held)
 
 
 def test_a_run_beside_a_serve_app_gets_what_is_left() -> None:
@@ -104,7 +104,7 @@ def test_a_worker_that_needs_nothing_always_fits() -> None:
 
 
 def test_the_impossible_names_numbers_and_who_holds_what() -> None:
-    seen = one_node(total=4, free=1, holders=(Holder(name="Replica", holds={"CPU": 1.5}, count=2),))
+    seen = one_node(total=4, free=1, held=(Holding(name="Replica", resources={"CPU": 1.5}, count=2),))
     with pytest.raises(RequestError) as caught:
         grant(seen, Range(9, 9), {"CPU": 1})
     message = str(caught.value)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from shoal.capacity import Holder, NodeFree, Snapshot, wait_for_grant
+from shoal.capacity import Holding, NodeFree, Snapshot, wait_for_grant
 from shoal.config import Range
 from shoal.errors import DeadlineExceeded, RequestError
 
@@ -22,8 +22,8 @@ class Cluster:
     def look(self, *, with_holders: bool = False) -> Snapshot:
         now = self.free[min(self.num_looks, len(self.free) - 1)]
         self.num_looks += 1
-        holders = (Holder(name="Hog", holds={"CPU": 4 - now}),) if with_holders else ()
-        return Snapshot(nodes=(NodeFree(name="n", total={"CPU": 4}, free={"CPU": now}),), holders=holders)
+        held = (Holding(name="Hog", resources={"CPU": 4 - now}),) if with_holders else ()
+        return Snapshot(nodes=(NodeFree(name="n", total={"CPU": 4}, free={"CPU": now}),), held=held)
 
 
 class Stop(threading.Event):

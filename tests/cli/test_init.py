@@ -6,7 +6,6 @@ import json
 import keyword
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import shoal.recipe
-from projects import ROOT
+from projects import FOUND_SERVE_URL, ROOT, SERVE_URL
 from shoal.cli.init import MAX_NAME, TEMPLATE, _class_name, _task_name
 from shoal.models import Lineage, write_package
 
@@ -255,9 +254,7 @@ def test_its_readme_works_as_written(written: Path) -> None:
     (script, _) = re.findall(r"^```bash\n(.*?)^```", (written / "README.md").read_text(), flags=re.M | re.S)
     *before, down = script.splitlines(keepends=True)
     assert down.startswith("shoal down ")
-    url = 'print(__import__("json").load(open(".shoal/cluster.json"))["serve_url"])'
-    asked = f"$({shlex.quote(sys.executable)} -c {shlex.quote(url)})"
-    assert "http://127.0.0.1:8000" in script
+    assert SERVE_URL in script
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -280,7 +277,7 @@ def test_its_readme_works_as_written(written: Path) -> None:
 
     info = None
     try:
-        printed = run("".join(before).replace("http://127.0.0.1:8000", asked), MINUTES * 60)
+        printed = run("".join(before).replace(SERVE_URL, FOUND_SERVE_URL), MINUTES * 60)
         info = find(written)
         answer = json.loads(printed.splitlines()[-1])
         assert (answer["class"], answer["model"], answer["version"]) == (0, "churn", 1)

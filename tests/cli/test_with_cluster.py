@@ -51,6 +51,7 @@ def test_train_shows_progress_and_the_result(cluster: ClusterInfo, shoal: Shoal,
     assert facts["state"] == "finished"
     assert facts["steps"] == "100 of 100"
     assert "accuracy" in facts["test"]
+    assert re.fullmatch(r"val accuracy 0\.\d+ at step \d+", facts["best"])
     assert facts["next"] == f"shoal register digits {run_name} --alias champion"
     again = shoal("train", "jobs.digits", "hidden=32", "--workers=1", "--steps=100", f"--name={run_name}")
     assert again.code == 0
@@ -84,6 +85,10 @@ def test_deleting_an_app_leaves_the_others_answering(cluster: ClusterInfo, shoal
     from shoal.serve import apps
 
     assert re.search(r"^no apps yet", shoal("apps").out, re.M)
+    for model, near in (("cli-digits@champio", "champion"), ("cli-digts@champion", "cli-digits")):
+        unknown = shoal("serve", "serve_apps.digits:app", f"--model={model}")
+        assert (unknown.code, unknown.out) == (2, "")
+        assert f"; did you mean {near}?" in unknown.err
     for name in ("cli-stays", "cli-goes"):
         outcome = shoal("serve", "serve_apps.digits:app", "--model=cli-digits@champion", f"--name={name}")
         assert outcome.code == 0, outcome.err
@@ -102,7 +107,11 @@ def test_deleting_an_app_leaves_the_others_answering(cluster: ClusterInfo, shoal
         goes.predict(PIXELS)
     assert [app.name for app in apps(cluster)] == ["cli-stays"]
     again = shoal("delete", "cli-goes")
-    assert (again.code, again.err) == (2, "error: there is no app 'cli-goes'; running: cli-stays\n")
+    assert (again.code, again.out, again.err) == (
+        2,
+        "",
+        "error: there is no app 'cli-goes'; running: cli-stays\n",
+    )
 
     assert shoal("delete", "cli-stays").code == 0
     with pytest.raises((RequestError, ClusterError)):

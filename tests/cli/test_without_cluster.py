@@ -17,10 +17,11 @@ from command_line import Shoal
 from rich.text import Text
 
 from shoal.cli.training import show_result
-from shoal.errors import ClusterError, TrackingError
+from shoal.errors import ClusterError, NotFoundError, TrackingError
 from shoal.storage import Storage
 from shoal.tracking import RunRecord
 from shoal.train.run import Run
+from shoal.tune.record import SweepRecord, Trial, TrialState
 
 NO_CLUSTER = "error: no cluster of this project runs; start it: shoal up\n"
 
@@ -194,7 +195,7 @@ def test_status_goes_on_without_a_tracker(
 def test_runs_shows_one_closely(project: Path, shoal: Shoal) -> None:
     write_run(project)
     out = shoal("runs", "digits-1").out
-    for text in ("finished", "10 of 10", "jobs.digits:Digits", "lr=0.5", "accuracy 0.75"):
+    for text in ("finished", "10 of 10", "jobs.digits:Digits", "lr=0.5", "val accuracy 0.75 at step 10"):
         assert text in out
 
 
@@ -203,6 +204,70 @@ def test_an_unknown_run_is_named_with_those_that_exist(project: Path, shoal: Sho
     outcome = shoal("runs", "digits-2")
     assert outcome.code == 2
     assert "digits-1" in outcome.err
+
+
+def write_trial(project: Path, number: int, state: TrialState, ended: str = "stopped") -> RunRecord:
+    """A trial's run, which ended as its own journal says, and as its sweep has booked it."""
+    record = write_run(project, f"s-t{number:03d}", ended=False)
+    record.append("end", step=10, state=ended, error="", traceback="")
+    sweep = SweepRecord(Storage(project / ".shoal"), "s")
+    objective = {"metric": "accuracy", "mode": "max"}
+    sweep.claim({"recipe": "jobs.digits:Digits", "objective": objective, "space": {}})
+    sweep.book(Trial(number=number, run=record.name, fields={"lr": 0.5}, state=state, step=10))
+    return record
+
+
+def test_a_trial_that_its_scheduler_ended_reads_pruned_everywhere(project: Path, shoal: Shoal) -> None:
+    write_trial(project, 1, TrialState.PRUNED)
+    write_trial(project, 2, TrialState.STOPPED)
+    write_trial(project, 3, TrialState.PRUNED, ended="finished")  # somebody went on with it by its name
+    write_run(project, "s-t004", ended=False).append("end", step=10, state="stopped", error="", traceback="")
+    words = dict(line.split()[:2] for line in shoal("runs").out.splitlines()[1:])
+    assert words == {"s-t001": "pruned", "s-t002": "stopped", "s-t003": "finished", "s-t004": "stopped"}
+    assert re.search(r"^state +pruned$", shoal("runs", "s-t001").out, re.M)
+    assert shoal("stop", "s-t001").out == "run s-t001 does not run: pruned at step 10\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [
+        ("runs digts-1", "digits-1"),
+        ("logs digts-1", "digits-1"),
+        ("logs faces-ap", "faces-app"),
+        ("stop digts-1", "digits-1"),
+        ("stop my-sweeep", "my-sweep"),
+        ("train jobs.digits:Digit", "Digits"),
+    ],
+)
+def test_a_misspelt_name_is_answered_with_the_nearest(
+    project: Path, shoal: Shoal, words: str, near: str
+) -> None:
+    write_run(project)
+    storage = Storage(project / ".shoal")
+    SweepRecord(storage, "my-sweep").claim({"recipe": "jobs.digits:Digits"})
+    storage.app_logs_dir.mkdir(parents=True)
+    (storage.app_logs_dir / "replica_faces-app_endpoint_a.log").touch()
+    outcome = shoal(*words.split())
+    assert outcome.code == 2
+    assert outcome.err.endswith(f"; did you mean {near}?\n")
+    assert "did you mean" not in shoal(*words.split()[:1], "nobody-at-all").err
+
+
+def test_a_model_that_does_not_exist_is_said_before_anything_is_deployed(
+    project: Path, shoal: Shoal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shoal.cli import place
+    from shoal.serve import deploying
+
+    def refuse(*_: object) -> None:
+        raise NotFoundError("model 'digits' has no alias 'nosuch'")
+
+    monkeypatch.setattr(place, "require_running", lambda: SimpleNamespace(project=project))
+    monkeypatch.setattr(deploying, "serve_settings", lambda info: None)
+    monkeypatch.setattr(deploying, "resolve", refuse)
+    outcome = shoal("serve", "serve_apps.digits:app", "--model", "digits@nosuch")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err == "error: model 'digits' has no alias 'nosuch'\n"
 
 
 def test_logs_show_what_a_rank_printed(project: Path, shoal: Shoal) -> None:
@@ -224,8 +289,11 @@ def test_what_is_left_of_a_stopped_run_says_where_the_same_command_goes_on(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = write_run(project, ended=False)
+    record.append("eval", step=20, split="val", values={"loss": 0.4, "accuracy": 0.5})
     show_result(Run(record))
-    assert "nothing was committed yet; the same command starts it" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "nothing was committed yet; the same command starts it" in out
+    assert re.search(r"^best +val accuracy 0\.75 at step 10$", out, re.M)  # the last one is 0.5
     record.append("checkpoint", step=1200, path="checkpoints/x", size_bytes=1, seconds=0.1, values={})
     record.append("end", step=1200, state="stopped", error="", traceback="")
     show_result(Run(record))
@@ -267,6 +335,33 @@ def test_logs_of_an_app_come_from_all_its_replicas_and_no_other_apps(project: Pa
     for app, replica in (("digits", "a"), ("digits", "b"), ("digits-next", "c")):
         (folder / f"replica_{app}_endpoint_{replica}.log").write_text(f"{app} {replica}\n")
     assert sorted(shoal("logs", "digits").out.splitlines()) == ["digits a", "digits b"]
+
+
+def test_a_log_that_is_rotated_while_it_is_looked_for_does_not_end_the_command(
+    project: Path, shoal: Shoal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Storage(project / ".shoal").app_logs_dir
+    folder.mkdir(parents=True)
+    (folder / "replica_digits_endpoint_a.log").write_text("digits a\n")
+    listed = [folder / "replica_digits_endpoint_gone.log", *folder.glob("replica_*.log")]
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(listed))
+    assert shoal("logs", "digits").out == "digits a\n"
+
+
+@pytest.mark.parametrize("owner", ["mine", "theirs"])
+def test_runs_are_shown_whatever_the_clusters_record_is(
+    project: Path, shoal: Shoal, monkeypatch: pytest.MonkeyPatch, owner: str
+) -> None:
+    write_run(project)
+    (project / ".shoal" / "cluster.json").write_text("{")
+    if owner == "theirs":
+        me = os.getuid()
+        monkeypatch.setattr(os, "getuid", lambda: me + 1)
+    outcome = shoal("runs")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "digits-1" in outcome.out
+    refused = shoal("status")
+    assert ("as that user" if owner == "theirs" else "shoal down") in refused.err
 
 
 def test_logs_of_nothing(project: Path, shoal: Shoal) -> None:

@@ -61,6 +61,13 @@ def answer(info: ClusterInfo) -> str | None:
     return None
 
 
+def wait_for_own_answer(info: ClusterInfo) -> None:
+    """Return once the cluster's own app answers; deploys it unless a test before did."""
+    if answer(info) is None:
+        deploy(info)
+    wait_until(lambda: answer(info) == info.cluster_id, "the cluster's own app answers")
+
+
 ATTACH = """
 import sys
 from pathlib import Path
@@ -129,8 +136,7 @@ def test_up_cleans_after_a_crash_by_itself(clusters: Started, project: Path) -> 
 
 def test_a_cluster_that_died_hard_is_cleaned_and_comes_back(clusters: Started, project: Path) -> None:
     info = clusters.up(project)
-    deploy(info)
-    wait_until(lambda: answer(info) == info.cluster_id, "the app answers")
+    wait_for_own_answer(info)
     for ref in info.pids.values():
         os.kill(ref.pid, signal.SIGKILL)
     wait_until(lambda: not info.is_alive(), "GCS and raylet are gone")
@@ -151,17 +157,16 @@ def test_a_cluster_that_died_hard_is_cleaned_and_comes_back(clusters: Started, p
     assert not info.run_dir.exists()
     again = clusters.up(project)
     assert again.cluster_id != info.cluster_id
-    deploy(again)
-    wait_until(lambda: answer(again) == again.cluster_id, "the app answers again")
+    wait_for_own_answer(again)
 
 
 def test_two_clusters_do_not_meet(clusters: Started, project: Path, cluster: ClusterInfo) -> None:
     own = clusters.up(project)
     try:
         for info in (own, cluster):
-            deploy(info)
+            wait_for_own_answer(info)
         for info in (own, cluster):
-            wait_until(lambda info=info: answer(info) == info.cluster_id, "its own app answers")
+            assert answer(info) == info.cluster_id
         first, second = (
             {item.port for item in processes.listeners(info.cluster_id)} for info in (own, cluster)
         )

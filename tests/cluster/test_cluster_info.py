@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import psutil
@@ -14,7 +15,7 @@ from cluster_projects import write_record as write
 from shoal.cluster import info as cluster_info
 from shoal.cluster import ports, processes, ray_edge
 from shoal.cluster.info import ClusterInfo
-from shoal.errors import ClusterError
+from shoal.errors import AccessError, ClusterError
 
 
 def test_a_record_reads_back_as_it_was(info: ClusterInfo) -> None:
@@ -88,14 +89,45 @@ def test_a_record_that_came_with_the_project_is_not_believed(
         cluster_info.find(info.project)
 
 
-def test_a_record_with_another_users_folder_is_not_believed(
-    info: ClusterInfo, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_record_whose_folder_is_a_link_is_not_believed(info: ClusterInfo, tmp_path: Path) -> None:
     write(info)
-    me = os.getuid()
-    monkeypatch.setattr(os, "getuid", lambda: me + 1)
+    info.run_dir.rename(tmp_path / "mine")
+    info.run_dir.symlink_to(tmp_path / "mine")
     with pytest.raises(ClusterError, match="must be a folder of this user"):
         cluster_info.find(info.project)
+
+
+def test_another_users_record_is_refused_before_it_is_read(
+    info: ClusterInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info.record.parent.mkdir()
+    info.record.write_text("whatever is in it")
+    me = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: me + 1)
+    with pytest.raises(AccessError, match=r"cluster\.json belongs to .*Nothing was changed.*as that user"):
+        cluster_info.find(info.project)
+
+
+def test_a_record_in_a_copy_of_the_folder_is_no_cluster(info: ClusterInfo, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    info = dataclasses.replace(info, project=project)
+    info.record.parent.mkdir(parents=True)
+    write(info)
+    shutil.copytree(project, tmp_path / "copy")
+    assert cluster_info.find(tmp_path / "copy") is None
+    assert cluster_info.find(project) == info
+    (tmp_path / "link").symlink_to(project)
+    assert cluster_info.find(tmp_path / "link") == info, "the same folder under another name"
+    project.rename(tmp_path / "moved")
+    assert cluster_info.find(tmp_path / "moved") is None
+
+
+@pytest.mark.timeout(20)
+def test_a_record_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / ".shoal").mkdir()
+    os.mkfifo(tmp_path / ".shoal" / "cluster.json")
+    with pytest.raises(ClusterError, match=r"a pipe.*shoal down"):
+        cluster_info.find(tmp_path)
 
 
 def test_a_record_whose_folder_was_swept_away_still_reads(info: ClusterInfo) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import socket
+import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,10 @@ import pytest
 from cluster_projects import write_project, write_record
 
 from shoal import config as shoal_config
-from shoal.cluster import ClusterInfo, doctor, down, lifecycle, ray_edge, up
+from shoal.cluster import ClusterInfo, doctor, down, lifecycle, processes, ray_edge, up
 from shoal.cluster import info as cluster_info
 from shoal.cluster import start as starting
-from shoal.errors import ClusterError, RequestError, StorageError
+from shoal.errors import AccessError, ClusterError, RequestError, StorageError
 
 
 class Started(Exception):
@@ -104,6 +107,110 @@ def test_down_removes_no_folder_that_is_not_a_clusters(
     down(project)
     assert keep.is_dir()
     assert list((project / ".shoal").glob("*.json")) == []
+
+
+@pytest.fixture
+def marked(info: ClusterInfo, project: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Start a process that belongs to ``info``'s cluster of ``project``."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(**options: Any) -> subprocess.Popen[bytes]:
+        environment = {
+            processes.CLUSTER_ID: info.cluster_id,
+            processes.RECORD: str(project / ".shoal" / "cluster.json"),
+        }
+        started.append(subprocess.Popen(["sleep", "100"], env=environment, **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def recorded(info: ClusterInfo, project: Path) -> ClusterInfo:
+    """The record of a cluster of ``project`` whose head processes are this test's."""
+    run_dir = cluster_info.run_dir_of(info.cluster_id)
+    info = dataclasses.replace(info, project=project, run_dir=run_dir, token_path=run_dir / "token")
+    write_record(info)
+    return info
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_copy_of_a_project_leaves_the_originals_cluster_alone(
+    project: Path, info: ClusterInfo, tmp_path: Path, marked: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    recorded(info, project)
+    process = marked()
+    copy = Path(shutil.copytree(project, tmp_path / "copy"))
+    before = contents(project)
+    said: list[str] = []
+    assert not down(copy, say=said.append)
+    assert said == [f"{copy}/.shoal/cluster.json came with a copy of {project}, whose cluster is left alone"]
+    assert process.poll() is None
+    assert contents(project) == before
+    assert not (copy / ".shoal" / "cluster.json").exists()
+    assert down(project)
+    process.wait(20)
+
+
+@pytest.mark.parametrize("name", [cluster_info.RECORD_NAME, lifecycle.STARTING_NAME])
+def test_up_in_a_copy_of_a_project_starts_a_cluster_of_its_own(
+    project: Path,
+    info: ClusterInfo,
+    tmp_path: Path,
+    marked: Callable[..., subprocess.Popen[bytes]],
+    name: str,
+) -> None:
+    record = json.dumps(recorded(info, project).to_json())
+    (project / ".shoal" / "cluster.json").rename(project / ".shoal" / name)
+    process = marked()
+    copy = Path(shutil.copytree(project, tmp_path / "copy"))
+    with pytest.raises(Started):
+        bring_up(copy)
+    assert process.poll() is None
+    assert (project / ".shoal" / name).read_text() == record
+    assert not (copy / ".shoal" / "cluster.json").exists(), "the record that came with the copy"
+    marker = json.loads((copy / ".shoal" / lifecycle.STARTING_NAME).read_text())
+    assert marker["project"] == str(copy)
+    assert marker["cluster_id"] != info.cluster_id
+
+
+@pytest.mark.parametrize("name", [cluster_info.RECORD_NAME, lifecycle.STARTING_NAME])
+@pytest.mark.parametrize("act", [bring_up, down])
+def test_root_does_not_end_another_users_cluster(
+    project: Path,
+    info: ClusterInfo,
+    monkeypatch: pytest.MonkeyPatch,
+    marked: Callable[..., subprocess.Popen[bytes]],
+    act: Callable[[Path], object],
+    name: str,
+) -> None:
+    recorded(info, project)
+    (project / ".shoal" / "cluster.json").rename(project / ".shoal" / name)
+    process = marked()
+    before = contents(project)
+    me = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: me + 1)
+    with pytest.raises(AccessError, match=f"{name} belongs to .* as that user"):
+        act(project)
+    assert process.poll() is None
+    assert contents(project) == before
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root sees the processes of others")
+@pytest.mark.parametrize("act", [bring_up, down])
+def test_root_does_not_end_another_users_processes_when_the_record_is_gone(
+    project: Path, marked: Callable[..., subprocess.Popen[bytes]], act: Callable[[Path], object]
+) -> None:
+    (project / ".shoal").mkdir()
+    process = marked(user=65534)
+    with pytest.raises(AccessError, match=rf"runs as another user: sleep \({process.pid}\)"):
+        act(project)
+    assert process.poll() is None
 
 
 def test_down_without_a_cluster_changes_nothing(tmp_path: Path) -> None:

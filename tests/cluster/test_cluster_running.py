@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from projects import outside_environment
 from shoal import config as shoal_config
 from shoal.cluster import ClusterInfo, dashboard, doctor, down, environment, find, processes, status, up
 from shoal.errors import AccessError, RequestError
@@ -37,9 +37,12 @@ DEPLOY = "applications: [{name: hello, route_prefix: /, import_path: 'hello_app:
 
 def client(info: ClusterInfo, *command: str, timeout_s: float = 180) -> str:
     """Run a program as a user would after `shoal env`; returns what it printed."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SHOAL_"))}
     done = subprocess.run(
-        command, env={**kept, **environment(info)}, capture_output=True, text=True, timeout=timeout_s
+        command,
+        env=outside_environment(**environment(info)),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -169,10 +172,9 @@ print("done")
 
 def test_a_process_that_imported_ray_attaches_and_listens_on_loopback(running: ClusterInfo) -> None:
     # Without our environment: attach must set all it needs.
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SHOAL_"))}
     done = subprocess.run(
         [sys.executable, "-c", ATTACH, str(running.project)],
-        env={**kept, "PYTHONPATH": str(Path(dashboard.__file__).parents[2])},
+        env=outside_environment(PYTHONPATH=str(Path(dashboard.__file__).parents[2])),
         capture_output=True,
         text=True,
         timeout=180,

@@ -316,6 +316,14 @@ def test_a_broken_section_hides_only_what_was_concluded_from_it(read: Read) -> N
         (b"a: [1", "(file): not valid YAML: expected ',' or ']', but got '<stream end>' (line 1, column 6)"),
         (b"a: 1\n---\nb: 2", "(file): not valid YAML: but found another document (line 2, column 1)"),
         (b"a: !!python/object:os.system x", None),
+        *(
+            (
+                f"a: !!{tag} x".encode(),
+                f"(file): not valid YAML: not a value of the tag 'tag:yaml.org,2002:{tag}'; leave the tag out "
+                "(line 1, column 4)",
+            )
+            for tag in ("int", "float", "bool", "timestamp")
+        ),
         (b"\xff\xfe\xfa", "(file): not valid YAML: it holds bytes that are not UTF-8 text"),
         (b"? [1]\n: 2", "(file): not valid YAML: found unhashable key (line 1, column 3)"),
         (b"a: " + b"[" * 1000, "(file): not valid YAML: nested too deeply"),

@@ -8,8 +8,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +21,8 @@ from shoal.cluster.guest import this_cluster
 from shoal.errors import ConfigError
 from shoal.storage import Storage
 from shoal.tracking import RunRecord, RunState
+from waiting import DEADLINE_S, wait_until
 
-DEADLINE_S = 120.0
 WITHOUT_SHOAL = """
 import os, sys
 sys.path[:] = [p for p in sys.path if "_ray_pkg_" in p or not os.path.isdir(os.path.join(p, "shoal"))]
@@ -113,8 +111,9 @@ def test_it_trains_where_neither_shoal_nor_the_project_is_known(plain: Plain, up
         check=False,
     )
     assert "No module named 'shoal'" in unknown.stderr, "the cluster must not have shoal"
-    job = ["python", "-m", "jobs.digits", "train", "hidden=16", "--workers=2", "--name=guest"]
-    done = plain.ray("job", "submit", "--working-dir=.", "--", *job, "--steps=60", cwd=upload)
+    train = ["python", "-m", "jobs.digits", "train", "hidden=16", "--name=guest"]
+    job = [*train, "--workers=2", "--steps=60"]
+    done = plain.ray("job", "submit", "--working-dir=.", "--", *job, cwd=upload)
     assert done.returncode == 0, done.stdout
     storage = Storage(upload.parent / "storage")
     record = RunRecord(storage, "guest")
@@ -123,15 +122,15 @@ def test_it_trains_where_neither_shoal_nor_the_project_is_known(plain: Plain, up
     assert not (upload / ".shoal").exists()
 
     submit = ["job", "submit", "--no-wait", "--submission-id=guest-2", "--working-dir=.", "--"]
-    assert plain.ray(*submit, *job, "--steps=1000000", cwd=upload).returncode == 0
-    deadline = time.monotonic() + DEADLINE_S
-    while record.state() != RunState.RUNNING or record.step < 70:
-        assert time.monotonic() < deadline, plain.ray("job", "logs", "guest-2", cwd=upload).stdout
-        threading.Event().wait(0.1)
+    assert plain.ray(*submit, *train, "--workers=1", "--steps=1000000", cwd=upload).returncode == 0
+
+    def logs() -> str:
+        return plain.ray("job", "logs", "guest-2", cwd=upload).stdout
+
+    wait_until(lambda: record.state() == RunState.RUNNING and record.step >= 70, logs)
     stopped = plain.ray("job", "stop", "guest-2", cwd=upload)
-    logs = plain.ray("job", "logs", "guest-2", cwd=upload).stdout
     assert stopped.returncode == 0, stopped.stdout
-    assert record.state() == RunState.STOPPED, logs
+    assert record.state() == RunState.STOPPED, logs()
     assert record.events(("checkpoint",))[-1]["step"] == record.step
     assert record.events(("start",))[-1]["source"] == "checkpoint"
 
@@ -143,6 +142,27 @@ def guest(monkeypatch: pytest.MonkeyPatch, folder: Path, **settings: Any) -> Non
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     (folder / "cluster.yaml").write_text(json.dumps({"version": 1, "name": "guest", **settings}))
     monkeypatch.chdir(folder)
+
+
+def test_a_guest_may_keep_runs_beside_the_jobs_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that begins as the folder's does is not in it."""
+    (folder := tmp_path / "job").mkdir()
+    guest(monkeypatch, folder, storage=f"{folder}2", tracking=f"sqlite:///{folder}2/mlflow.db")
+    info = this_cluster()
+    assert info is not None
+    assert info.storage == tmp_path / "job2"
+
+
+def test_a_guest_is_refused_a_link_into_the_jobs_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder := tmp_path / "job").mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    guest(monkeypatch, folder, storage=str(tmp_path / "link" / "runs"))
+    with pytest.raises(ConfigError, match="throws away"):
+        this_cluster()
 
 
 def test_a_guest_reads_its_file_for_what_a_record_would_say(

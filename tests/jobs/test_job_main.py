@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from projects import ROOT, write_project
+from projects import ROOT, outside_environment, write_project
 from shoal.storage import Storage
 from shoal.tracking import RunRecord, RunState, list_runs
 from waiting import DEADLINE_S, wait_until
@@ -18,8 +17,7 @@ from waiting import DEADLINE_S, wait_until
 
 def environment() -> dict[str, str]:
     """As on a machine with the dependencies and without shoal: `jobs` must put it on the path."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SHOAL_", "RAY_"))}
-    return {**kept, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    return outside_environment(PYTHONPATH="", OMP_NUM_THREADS="1")
 
 
 @pytest.fixture
@@ -72,11 +70,16 @@ def test_the_recipe_goes_by_the_name_that_workers_can_import(project: Path) -> N
     assert run_python(project, "named.py").stdout == "__main__ __main__ True\n"
 
 
-def torchrun(project: Path, *words: str) -> subprocess.Popen[str]:
+def torchrun(project: Path, module: str, *words: str, path: str = "") -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--local-addr=127.0.0.1"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "-m", "jobs.digits", "train", *words]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "-m", module, "train", *words]
     return subprocess.Popen(
-        command, cwd=project, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=project,
+        env={**environment(), "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -88,7 +91,7 @@ def only_run(project: Path) -> RunRecord:
 
 @pytest.mark.slow
 def test_under_torchrun_it_trains_into_the_projects_storage_and_stops_gracefully(project: Path) -> None:
-    process = torchrun(project, "hidden=16", "--steps=1000000")
+    process = torchrun(project, "jobs.digits", "hidden=16", "--steps=1000000")
     try:
         runs = Storage(project / ".shoal").runs_dir
 
@@ -106,7 +109,9 @@ def test_under_torchrun_it_trains_into_the_projects_storage_and_stops_gracefully
     assert record.events(("start",))[-1]["workers"] == 2
     assert record.events(("checkpoint",))[-1]["step"] == record.step
 
-    process = torchrun(project, "hidden=16", f"--steps={record.step + 50}")
+    # The shell's command goes on with it, as the job's would.
+    words = ("jobs.digits", "hidden=16", f"--steps={record.step + 50}")
+    process = torchrun(project, "shoal.cli", *words, path=str(ROOT / "platform"))
     out, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0, out
     assert record.state() == RunState.FINISHED

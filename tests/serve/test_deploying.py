@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from shoal.config import Range, Serve
 from shoal.errors import AccessError, ClusterError, CorruptError, NotFoundError, RequestError
 from shoal.serve.builder import deployment_options
 from shoal.serve.deploying import app_config, reason_of
+from waiting import wait_until
 
 VERSION_2 = {"model": "digits", "version": 2, "path": "/models/digits/2"}
 PIXELS = {"pixels": [[0, 0, 0, 8, 14, 0, 0, 0]] * 8}
@@ -173,15 +173,14 @@ def test_prometheus_reads_what_a_replica_counted(served: Any, cluster: Any) -> N
         ("ray_serve_http_request_latency_ms_bucket", {**ours, "status_code": "200", "le": "+Inf"}, 3),
         ("ray_serve_replica_processing_queries", ours, 0),
     ]
-    deadline = time.monotonic() + 60  # a replica exports every 5 s, Ray every 10 s
-    while True:
+
+    def missing() -> list[Any]:
         with urllib.request.urlopen(url, timeout=10) as response:
             page = response.read().decode()
-        missing = [each for each in wanted if _sum_of(page, each[0], each[1]) < each[2]]
-        if not missing:
-            break
-        assert time.monotonic() < deadline, missing
-        threading.Event().wait(0.2)
+        return [each for each in wanted if _sum_of(page, each[0], each[1]) < each[2]]
+
+    # A replica exports every 5 s, Ray every 10 s.
+    wait_until(lambda: not missing(), lambda: f"the page has {missing()}")
 
 
 @pytest.mark.cluster

@@ -8,9 +8,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -20,6 +19,7 @@ from shoal.cluster import ClusterInfo
 from shoal.serve import App, deploy
 from shoal.serve.rest import read_serve
 from shoal.tracking import open_registry
+from waiting import wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -27,6 +27,8 @@ NUM_CALLERS = 80
 """More than two batches of 32: one replica is not enough for them, two are."""
 ENOUGH_S = 40.0
 """For a replica to start on a machine that does ten other things; alone it takes 6 s (2 cores, 2026-11-24)."""
+ASK_EVERY_S = 0.1
+"""Between looks at the replicas: Serve's controller, which starts them, answers those."""
 SLOW_APP = """
 import threading
 from serve_apps.digits import Digits
@@ -95,15 +97,6 @@ def live_pids(cluster: ClusterInfo) -> set[int]:
     }
 
 
-def wait_until(is_so: Callable[[], bool], deadline_s: float, what: Callable[[], Any]) -> float:
-    """Seconds until it was so."""
-    began = time.monotonic()
-    while not is_so():
-        assert time.monotonic() - began < deadline_s, what()
-        threading.Event().wait(0.1)
-    return time.monotonic() - began
-
-
 @pytest.fixture(scope="module")
 def slow(cluster: ClusterInfo) -> Iterator[App]:
     (cluster.project / "slow_app.py").write_text(SLOW_APP)
@@ -117,33 +110,44 @@ def slow(cluster: ClusterInfo) -> Iterator[App]:
     app.delete()
 
 
+def wait_for_second(slow: App, cluster: ClusterInfo, load: Load) -> float:
+    """Seconds until two replicas live."""
+    return wait_until(
+        lambda: len(live_pids(cluster)) >= 2,
+        lambda: (slow.status(), load.failed[:5]),
+        timeout_s=ENOUGH_S,
+        every_s=ASK_EVERY_S,
+    )
+
+
 def test_load_that_needs_more_brings_a_second_replica_within_seconds(slow: App, cluster: ClusterInfo) -> None:
     assert len(live_pids(cluster)) == 1
     with Load(slow.url, NUM_CALLERS) as load:
-        seconds = wait_until(
-            lambda: len(live_pids(cluster)) >= 2, ENOUGH_S, lambda: (slow.status(), load.failed[:5])
-        )
+        seconds = wait_for_second(slow, cluster, load)
     print(f"a second replica after {seconds:.1f} s, {len(load.answered)} answers")
     assert not load.failed
 
 
 def test_a_killed_replica_fails_what_was_in_flight_and_nothing_else(slow: App, cluster: ClusterInfo) -> None:
     with Load(slow.url, NUM_CALLERS) as load:
-        wait_until(lambda: len(live_pids(cluster)) >= 2, ENOUGH_S, lambda: (slow.status(), load.failed[:5]))
+        wait_for_second(slow, cluster, load)
         before = live_pids(cluster)
         victim = min(before)
         num_answered = len(load.answered)
-        wait_until(lambda: len(load.answered) > num_answered, 30, lambda: load.failed[:5])
+        wait_until(lambda: len(load.answered) > num_answered, lambda: load.failed[:5], timeout_s=30)
         assert not load.failed
         killed = time.monotonic()
         os.kill(victim, signal.SIGKILL)
         back_s = wait_until(
             lambda: victim not in (now := live_pids(cluster)) and len(now) >= len(before),
-            ENOUGH_S,
             lambda: (slow.status(), load.failed[:5]),
+            timeout_s=ENOUGH_S,
+            every_s=ASK_EVERY_S,
         )
         num_answered = len(load.answered)
-        wait_until(lambda: len(load.answered) > num_answered + NUM_CALLERS, 30, lambda: load.failed[:5])
+        wait_until(
+            lambda: len(load.answered) > num_answered + NUM_CALLERS, lambda: load.failed[:5], timeout_s=30
+        )
     after = sorted(t for t in load.answered if t > killed)
     gap_s = max(later - earlier for earlier, later in zip([killed, *after], after, strict=False))
     last_s = max((t for t, _ in load.failed), default=killed) - killed

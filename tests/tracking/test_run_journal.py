@@ -8,7 +8,7 @@ import math
 import pytest
 
 from shoal.errors import InternalError, RequestError
-from shoal.tracking.journal import RunState, best_by, derive_state, encode, metrics_frame, parse
+from shoal.tracking.journal import Folded, RunState, best_by, encode, metrics_frame, parse
 
 START = {"kind": "start", "step": 0, "target_steps": 10, "workers": 2, "t": 1.0}
 
@@ -44,7 +44,10 @@ def evaluation(step, split="val", **values):
     ],
 )
 def test_state_follows_from_the_last_start_or_end_and_the_lock(events, is_locked, state):
-    assert derive_state(events, is_locked=is_locked) is state
+    folded = Folded()
+    for event in events:
+        folded.add(event)
+    assert folded.state(is_locked=is_locked) is state
 
 
 @pytest.mark.parametrize("value", [0.1, 1e308, -0.0, math.inf, -math.inf, math.nan])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import pickle
 import subprocess
 import sys
 import threading
+import tracemalloc
 
 import pytest
 
@@ -161,6 +163,26 @@ def test_damage_in_the_middle_costs_only_its_own_line(record, caplog):
     assert "cannot be read" in caplog.text
 
 
+@pytest.mark.timeout(20)
+def test_a_journal_that_is_a_pipe_is_damage_and_not_waited_for(record):
+    record.dir.mkdir(parents=True)
+    os.mkfifo(record.journal_path)
+    with pytest.raises(CorruptError, match=r"journal\.jsonl is no plain file but a pipe"):
+        record.state()
+
+
+def test_a_line_that_never_ends_is_passed_over_without_being_held_in_memory(record):
+    record.append("metrics", step=1, values={"loss": 1.0})
+    with record.journal_path.open("ab") as journal:
+        journal.truncate(journal.tell() + 512 * 2**20)  # a hole: takes no room on the disk
+    record.append("metrics", step=2, values={"loss": 0.5})
+    tracemalloc.start()
+    assert [event["step"] for event in record.events()] == [1, 2]
+    most_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most_bytes < 32 * 2**20
+
+
 def test_events_since_gives_each_line_once_however_it_was_cut(record, monkeypatch):
     for step in range(50):
         record.append("metrics", step=step, values={"loss": step / 7})
@@ -257,6 +279,25 @@ def test_a_damaged_identity_names_its_file(record, text):
     record.claim_identity(IDENTITY)
     (record.dir / "identity.json").write_text(text)
     with pytest.raises(CorruptError, match=r"identity\.json"):
+        record.identity()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"objective": {"metric": "accuracy"}},
+        {"objective": {"metric": "accuracy", "mode": "best"}},
+        {"objective": "accuracy"},
+        {"fields": []},
+        {"recipe": None},
+        {"source": {"run": "a", "step": "1", "digest": ""}},
+    ],
+)
+def test_an_identity_with_wrong_types_names_its_file_and_the_part(record, damage):
+    record.claim_identity(IDENTITY)
+    (record.dir / "identity.json").write_text(json.dumps({**IDENTITY, **damage}))
+    (part,) = damage
+    with pytest.raises(CorruptError, match=rf"identity\.json is damaged: {part} cannot be .*Restore it"):
         record.identity()
 
 

@@ -7,9 +7,8 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import requests
@@ -18,6 +17,7 @@ from shoal.errors import TrackingError
 from shoal.storage import Storage, commit
 from shoal.tracking import Registry, RunRecord, Tracker
 from shoal.tracking.mlflow_store import MlflowStore
+from waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -55,21 +55,22 @@ def server(folder, port):
         "DO_NOT_TRACK": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
+
+    def is_healthy() -> bool:
+        assert process.poll() is None, log_text()
+        with suppress(requests.RequestException):  # not yet, or too busy to answer
+            return requests.get(f"http://127.0.0.1:{port}/health", timeout=5).ok
+        return False
+
+    def log_text() -> str:
+        return (folder / "server.log").read_text()
+
     with (folder / "server.log").open("ab") as log:
         process = subprocess.Popen(
             command, stdout=log, stderr=log, env={**os.environ, **quiet}, cwd=folder, start_new_session=True
         )
     try:
-        deadline, tick = time.monotonic() + 120, threading.Event()
-        while True:
-            try:
-                if requests.get(f"http://127.0.0.1:{port}/health", timeout=5).ok:
-                    break
-            except requests.RequestException:  # not yet, or too busy to answer
-                pass
-            assert time.monotonic() < deadline, (folder / "server.log").read_text()
-            assert process.poll() is None, (folder / "server.log").read_text()
-            tick.wait(0.1)
+        wait_until(is_healthy, log_text)
         yield
     finally:
         os.killpg(process.pid, 9)

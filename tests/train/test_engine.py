@@ -18,7 +18,7 @@ from torch import nn
 
 import shoal
 from shoal.errors import CorruptError, RecipeError, StorageError
-from shoal.storage import Storage, verify
+from shoal.storage import MANIFEST, Storage, commit, verify
 from shoal.tracking import RunRecord, RunState
 from shoal.train import boundary, checkpoints
 from shoal.train.driver import prepare
@@ -26,7 +26,8 @@ from shoal.train.engine import train_worker
 from shoal.train.export import write_run_package
 from shoal.train.group import Group
 from shoal.train.run import Run
-from shoal.train.spec import RunSpec
+from shoal.train.spec import RunSpec, digest_of
+from shoal.train.stamp import checkpoint_path, step_of
 from toy import Toy
 from waiting import DEADLINE_S
 
@@ -47,7 +48,7 @@ def error_of(record: RunRecord) -> str:
 
 
 def weights_of(record: RunRecord, step: int) -> dict[str, torch.Tensor]:
-    return checkpoints.read_checkpoint(checkpoints.checkpoint_path(record.checkpoints_dir, step)).model
+    return checkpoints.read_checkpoint(checkpoint_path(record.checkpoints_dir, step)).model
 
 
 def test_a_run_records_what_happened_and_learns(tmp_path: Path) -> None:
@@ -101,7 +102,7 @@ def test_steps_between_looks_are_one_or_more(eval_every: int) -> None:
 
 def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path: Path) -> None:
     record = train(spec_of(tmp_path, Declining(eval_every=5), keep=1, checkpoint_every_s=0.001))
-    steps = sorted(checkpoints.step_of(path) for path in record.checkpoints_dir.glob("step-*"))
+    steps = sorted(step_of(path) for path in record.checkpoints_dir.glob("step-*"))
     assert steps == [5, 60]
     best = record.best_checkpoint("accuracy", "max")
     assert best is not None
@@ -152,7 +153,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_serves(tmp_path: Pat
     again = train(spec_of(tmp_path, Toy(eval_every=60)))
     rejected = again.events(("rejected",))
     assert [event["path"].split("/")[-1] for event in rejected] == [folders[-1].name]
-    assert again.events(("start",))[-1]["step"] == checkpoints.step_of(folders[-2])
+    assert again.events(("start",))[-1]["step"] == step_of(folders[-2])
     assert again.state() == RunState.FINISHED
 
 
@@ -292,9 +293,9 @@ def test_two_attempts_never_train_one_run_at_once(tmp_path: Path, monkeypatch: p
 
 def test_a_damaged_newest_checkpoint_never_pushes_out_what_verifies(tmp_path: Path) -> None:
     record = train(spec_of(tmp_path, Toy(eval_every=60), target_steps=40, keep=1))
-    checkpoints.checkpoint_path(record.checkpoints_dir, 40).rename(record.checkpoints_dir / "step-0000000900")
+    checkpoint_path(record.checkpoints_dir, 40).rename(record.checkpoints_dir / "step-0000000900")
     record = train(spec_of(tmp_path, Toy(eval_every=60), target_steps=60, keep=1))
-    kept = {checkpoints.step_of(path) for path in record.checkpoints_dir.glob("step-*")}
+    kept = {step_of(path) for path in record.checkpoints_dir.glob("step-*")}
     assert 60 in kept
 
 
@@ -302,7 +303,7 @@ def test_a_best_checkpoint_that_was_damaged_is_no_longer_the_best(tmp_path: Path
     spec = spec_of(tmp_path, Declining(), target_steps=20)
     RunRecord(spec.storage, spec.name).claim_identity(spec.identity())
     record = train(spec)
-    weights = checkpoints.checkpoint_path(record.checkpoints_dir, 20) / checkpoints.MODEL_FILE
+    weights = checkpoint_path(record.checkpoints_dir, 20) / checkpoints.MODEL_FILE
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
     record = train(spec_of(tmp_path, Declining()))
     assert [event["path"] for event in record.events(("rejected",))] == ["checkpoints/step-0000000020"]
@@ -313,11 +314,91 @@ def test_a_copy_that_somebody_made_of_a_checkpoint_is_left_alone(tmp_path: Path)
     record = train(spec_of(tmp_path, target_steps=20))
     copy = record.checkpoints_dir / "step-0000000020.bak"
     shutil.copytree(record.checkpoints_dir / "step-0000000020", copy)
-    shutil.copytree(copy, record.checkpoints_dir / "step-0000000099")
     record = train(spec_of(tmp_path))
     assert record.state() == RunState.FINISHED
     assert record.events(("start",))[-1]["step"] == 20
+    assert record.events(("rejected",)) == [], "it is none, so it is not a damaged one either"
     assert copy.is_dir()
+
+
+def test_a_checkpoint_under_another_steps_name_is_not_used(tmp_path: Path) -> None:
+    record = train(spec_of(tmp_path, target_steps=20))
+    shutil.copytree(
+        record.checkpoints_dir / "step-0000000020", other := record.checkpoints_dir / "step-0000000099"
+    )
+    record = train(spec_of(tmp_path))
+    assert record.events(("start",))[-1]["step"] == 20
+    (rejected,) = record.events(("rejected",))
+    assert rejected["path"] == "checkpoints/step-0000000099"
+    assert "step 20" in rejected["reason"]
+    assert other.is_dir()
+
+
+def prepared(spec: RunSpec) -> RunRecord:
+    prepare(spec)
+    return train(spec)
+
+
+def test_another_runs_checkpoint_is_not_used(tmp_path: Path) -> None:
+    record = prepared(spec_of(tmp_path, target_steps=20))
+    other = prepared(spec_of(tmp_path, Toy(lr=0.1), name="other", target_steps=40))
+    name = "step-0000000040"
+    shutil.copytree(other.checkpoints_dir / name, record.checkpoints_dir / name)
+    record = prepared(spec_of(tmp_path))
+    assert record.events(("start",))[-1]["step"] == 20
+    (rejected,) = record.events(("rejected",))
+    assert rejected["path"] == f"checkpoints/{name}"
+    assert "of another run" in rejected["reason"]
+    assert record.state() == RunState.FINISHED
+    whole = prepared(spec_of(tmp_path, name="whole"))
+    assert torch.equal(weights_of(record, 60)["0.weight"], weights_of(whole, 60)["0.weight"])
+
+
+def test_another_runs_checkpoint_does_not_become_this_runs_model(tmp_path: Path) -> None:
+    record = prepared(spec_of(tmp_path))
+    other = prepared(spec_of(tmp_path, Toy(lr=0.1), name="other"))
+    best = Run(record).best_checkpoint()
+    shutil.rmtree(best)
+    shutil.copytree(other.checkpoints_dir / "step-0000000060", best.with_name("step-0000000060"))
+    if best.name != "step-0000000060":
+        shutil.copytree(other.checkpoints_dir / best.name, best)
+    with pytest.raises(CorruptError, match="of another run"):
+        write_run_package(Run(record), tmp_path / "models" / "toy" / "1", model="toy", version=1)
+
+
+def test_a_run_whose_folder_was_copied_goes_on(tmp_path: Path) -> None:
+    record = prepared(spec_of(tmp_path, target_steps=20))
+    shutil.copytree(record.dir, record.dir.with_name("copy"))
+    copy = prepared(spec_of(tmp_path, name="copy"))
+    assert [event["step"] for event in copy.events(("start",))] == [0, 20]
+
+
+def test_a_state_of_another_step_is_not_used(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, Toy(eval_every=10), target_steps=20)
+    record = train(spec)
+    newest = checkpoint_path(record.checkpoints_dir, 20)
+    meta, contents = verify(newest).meta, {file.name: file.read_bytes() for file in newest.iterdir()}
+    state = json.loads(contents.pop("state.json"))
+    shutil.rmtree(newest)
+    contents.pop(MANIFEST)
+
+    def write(folder: Path) -> None:
+        for name, content in contents.items():
+            (folder / name).write_bytes(content)
+        (folder / "state.json").write_text(json.dumps({**state, "step": 19}))
+
+    commit(newest, write, meta=meta)
+    record = train(replace(spec, target_steps=60))
+    assert record.events(("start",))[-1]["step"] == 10
+    (rejected,) = record.events(("rejected",))
+    assert "state.json is not of that step" in rejected["reason"]
+
+
+def test_a_checkpoint_says_of_which_run_it_is(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path)
+    record = prepared(spec)
+    meta = verify(checkpoint_path(record.checkpoints_dir, 60)).meta
+    assert meta == {"kind": "checkpoint", "step": 60, "run": digest_of(spec.identity())}
 
 
 def test_a_mask_of_minus_infinity_is_no_broken_weight(tmp_path: Path) -> None:
@@ -465,15 +546,13 @@ def test_captured_output_leaves_logging_alone(tmp_path: Path) -> None:
     assert "hello" in (tmp_path / "rank-0.log").read_text()
 
 
-def test_exact_refuses_what_it_cannot_keep(tmp_path: Path) -> None:
+def test_exact_refuses_a_compiled_model(tmp_path: Path) -> None:
     class Compiled(Toy):
         def build_model(self) -> nn.Module:
             return nn.Sequential(torch.compile(super().build_model(), backend="eager"))  # type: ignore[arg-type]
 
     record = train(spec_of(tmp_path, Compiled(), shards=4))
     assert "exact: the model is compiled" in error_of(record)
-    record = train(spec_of(tmp_path, name="many", shards=13))
-    assert "exact: batch_size=12 cannot be divided into 13 shards" in error_of(record)
 
 
 def test_an_exact_run_and_a_fast_one_are_two_runs(tmp_path: Path) -> None:

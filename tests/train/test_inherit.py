@@ -16,13 +16,14 @@ import shoal
 from shoal.storage import Storage, verify
 from shoal.tracking import RunRecord, RunState
 from shoal.train.adopt import adopt_checkpoint
-from shoal.train.checkpoints import Loaded, checkpoint_path, read_checkpoint
+from shoal.train.checkpoints import Loaded, read_checkpoint
 from shoal.train.engine import train_worker
 from shoal.train.export import lineage_of
 from shoal.train.group import Group
 from shoal.train.inherit import inherit
 from shoal.train.run import Run
 from shoal.train.spec import RunSpec
+from shoal.train.stamp import checkpoint_path
 from toy import Toy
 
 
@@ -120,6 +121,7 @@ def test_killed_before_its_own_first_checkpoint_it_begins_from_the_source_again(
                 session.step()
                 raise SystemExit  # as a killed process: nothing is recorded
 
+    RunRecord(spec.storage, spec.name).claim_identity(spec.identity())
     with pytest.raises(SystemExit):
         train_worker(replace(spec, recipe=Dies(lr=0.2)), Group.alone())
     record = train(spec)
@@ -170,6 +172,30 @@ def test_a_damaged_checkpoint_is_not_adopted(tmp_path: Path) -> None:
     found = adopt_checkpoint(source, target)
     assert (found.run, found.step) == ("source", 20)
     assert found.digest == verify(checkpoint_path(target.checkpoints_dir, 20)).digest
+
+
+def test_another_runs_checkpoint_is_not_adopted(tmp_path: Path) -> None:
+    source = train(spec_of(tmp_path, "source", Toy()))
+    other = train(spec_of(tmp_path, "other", Toy(lr=0.1), steps=60))
+    for step in (40, 60):
+        planted = checkpoint_path(source.checkpoints_dir, step)
+        shutil.rmtree(planted, ignore_errors=True)
+        shutil.copytree(checkpoint_path(other.checkpoints_dir, step), planted)
+    target = RunRecord(Storage(tmp_path), "next")
+    assert adopt_checkpoint(source, target).step == 20
+    assert [path.name for path in target.checkpoints_dir.iterdir()] == ["step-0000000020"]
+
+
+def test_what_was_adopted_is_adopted_again_before_it_has_trained_on(tmp_path: Path) -> None:
+    source = train(spec_of(tmp_path, "source", Toy()))
+    middle = RunRecord(Storage(tmp_path), "middle")
+    spec = spec_of(tmp_path, "middle", Toy(lr=0.2), 60)
+    first = adopt_checkpoint(source, middle)
+    middle.claim_identity(replace(spec, source=first).identity())
+    last = adopt_checkpoint(middle, RunRecord(Storage(tmp_path), "next"))
+    assert last == replace(first, run="middle")
+    spec = replace(spec_of(tmp_path, "next", Toy(lr=0.3), 60), source=last)
+    assert [e["source"] for e in train(spec).events(("start",))] == ["adopted"]
 
 
 def test_lineage_names_the_source(tmp_path: Path) -> None:

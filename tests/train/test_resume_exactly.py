@@ -13,7 +13,7 @@ from trainees import fingerprint_of, train
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-@pytest.mark.parametrize("num_workers", [1, 2, 3])
+@pytest.mark.parametrize("num_workers", [1, 3])  # what breaks two breaks three, whose sums have an order
 def test_a_killed_run_ends_with_the_same_bits(num_workers: int, tmp_path: Path) -> None:
     first = train(num_workers, tmp_path, "undisturbed", "killed", kill=f"{num_workers - 1}:57")
     assert first.returncode != 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from projects import ROOT
 from shoal.storage import Storage
 from shoal.tracking import RunRecord
-from shoal.train.checkpoints import checkpoint_path
+from shoal.train.stamp import checkpoint_path
 
 STEPS = 100
 TRAINEE = Path(__file__).with_name("trainee.py")

@@ -10,7 +10,7 @@ from ray import cloudpickle
 from searched import Line, Member
 
 from shoal.cluster import find
-from shoal.tune import Sweep, start_sweep
+from shoal.tune import Sweep, SweepOptions, start_sweep
 from shoal.tune.space import loguniform
 
 
@@ -21,10 +21,7 @@ def start(info: object, flag_dir: str) -> Sweep:
         info,  # type: ignore[arg-type]
         Line(flag_dir=flag_dir),
         {"lr": loguniform(1e-3, 1e-1)},
-        trials=3,
-        concurrent=1,
-        name="killed-driver",
-        scheduler="none",
+        SweepOptions(trials=3, concurrent=1, name="killed-driver", scheduler="none"),
     )
 
 
@@ -35,11 +32,7 @@ def start_population(info: object, flag_dir: str, *, name: str) -> Sweep:
         info,  # type: ignore[arg-type]
         Member(flag_dir=flag_dir),
         {"lr": loguniform(1e-4, 1e-1)},
-        trials=4,
-        concurrent=4,
-        name=name,
-        scheduler="pbt",
-        steps=200,
+        SweepOptions(trials=4, concurrent=4, name=name, scheduler="pbt", steps=200),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from shoal.storage import Storage, verify
 from shoal.tracking import RunRecord
 from shoal.train.adopt import adopt_checkpoint
 from shoal.train.spec import RunSpec
-from shoal.tune.population import check_population, default_interval, perturb
+from shoal.tune.population import check_population, default_interval, perturb, too_few_comparisons
 from shoal.tune.record import SweepRecord, Trial, TrialState
 from shoal.tune.search import Search
 from shoal.tune.shapes import changes_shape
@@ -97,6 +98,44 @@ def test_what_can_be_no_population_is_refused_in_words() -> None:
     assert "lower eval_every or raise steps" in problems(eval_every=40)
     assert "from 1 to below the 40 steps of a trial; left out it is 10" in problems(perturb_every=40)
     assert "from 1 to below" in problems(perturb_every=0)
+
+
+def test_trials_that_are_hardly_compared_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    assert (
+        problems(perturb_every=19) == ""
+    )  # the evaluation at 20 is half of 40: the second would be the last
+    (said,) = caplog.messages
+    assert said.startswith(
+        "perturb_every=19 with steps=40 and eval_every=10: a trial is compared once before"
+    )
+    assert said.endswith("choose perturb_every of at most 10, or steps above 40")
+    caplog.clear()
+    assert problems(perturb_every=10) == problems() == ""
+    assert problems(perturb_every=41) != ""  # refused: nothing to warn of
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "eval_every", "interval", "words"),
+    [
+        (41, 10, 20, ""),
+        (40, 10, 39, "never before its last step"),
+        (40, 15, 15, ""),
+        (40, 20, 20, "choose eval_every of at most 19, or steps above 40"),
+        (2, 1, 1, "choose steps above 2"),
+    ],
+)
+def test_what_to_choose_is_compared_twice(steps: int, eval_every: int, interval: int, words: str) -> None:
+    said = too_few_comparisons(steps=steps, eval_every=eval_every, interval=interval)
+    assert (words in said) if words else said == ""
+    for name, value in re.findall(r"(\w+) (?:of at most|above) (\d+)", said):
+        better = {"steps": steps, "eval_every": eval_every, "perturb_every": interval}
+        better[name] = int(value) + (name == "steps")
+        spacing = max(better["perturb_every"] if name != "eval_every" else 1, 1)
+        assert (
+            too_few_comparisons(steps=better["steps"], eval_every=better["eval_every"], interval=spacing)
+            == ""
+        )
 
 
 class Shaped(Line):

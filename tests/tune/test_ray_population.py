@@ -20,7 +20,7 @@ import shoal
 from shoal.errors import NotFoundError, RequestError
 from shoal.storage import Storage
 from shoal.tracking import RunRecord
-from shoal.tune import TrialState, start_sweep
+from shoal.tune import SweepOptions, TrialState, start_sweep
 from shoal.tune.record import SweepRecord
 from shoal.tune.space import loguniform, randint
 from waiting import wait_until
@@ -214,7 +214,10 @@ def test_a_killed_driver_repeats_no_finished_member_of_a_population(
 @pytest.mark.usefixtures("by_value")
 def test_a_member_that_finds_no_room_yet_holds_up_nobody(cluster: ClusterInfo) -> None:
     other = start_sweep(
-        cluster, Line(), SPACE, trials=1, concurrent=1, name="holds-a-cpu", scheduler="none", steps=10_000_000
+        cluster,
+        Line(),
+        SPACE,
+        SweepOptions(trials=1, concurrent=1, name="holds-a-cpu", scheduler="none", steps=10_000_000),
     )
     wait_until(
         lambda: any(trial.step > 0 for trial in other.trials),
@@ -222,7 +225,10 @@ def test_a_member_that_finds_no_room_yet_holds_up_nobody(cluster: ClusterInfo) -
     )
     try:
         crowded = start_sweep(
-            cluster, Line(), SPACE, trials=4, concurrent=4, name="crowded", scheduler="pbt", steps=60
+            cluster,
+            Line(),
+            SPACE,
+            SweepOptions(trials=4, concurrent=4, name="crowded", scheduler="pbt", steps=60),
         )
         crowded.wait(progress=False, timeout_s=120)
     finally:
@@ -236,9 +242,9 @@ def test_a_member_that_finds_no_room_yet_holds_up_nobody(cluster: ClusterInfo) -
 @pytest.mark.cluster
 @pytest.mark.usefixtures("by_value")
 def test_what_can_be_no_population_is_refused_before_anything_is_written(cluster: ClusterInfo) -> None:
-    def start(**changes: Any) -> Any:
+    def start(space: Any = SPACE, **changes: Any) -> Any:
         asked: dict[str, Any] = {"trials": 8, "concurrent": 8, "name": "none-such", "scheduler": "pbt"}
-        return start_sweep(cluster, Member(), **{"space": SPACE, **asked, **changes})
+        return start_sweep(cluster, Member(), space, SweepOptions(**{**asked, **changes}))
 
     with pytest.raises(RequestError, match=r"trials=8, but only 4 at a time"):
         start()

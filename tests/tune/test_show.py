@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import pytest
 from rich.console import Console
+from rich.live import Live
 
 import shoal
 from shoal.recipe import Objective
 from shoal.tune.record import Trial, TrialState
-from shoal.tune.show import MAX_ROWS, Plain, shown_trials, trials_table
+from shoal.tune.show import MAX_ROWS, Plain, reporter, shown_trials, trials_table
+from terminal import screen_of
 
 BEST = shoal.maximize("accuracy")
 
@@ -68,3 +71,45 @@ def test_plain_lines_say_each_change_once() -> None:
     assert len(said) == 2
     assert said[0].startswith("trial 1/2 running  lr=0.00123 hidden=128")
     assert "accuracy 0.9375  step 1,200" in said[1]
+
+
+def test_ctrl_c_leaves_the_trials_as_they_stand_and_what_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    sweep = FakeSweep([trial(1, value=0.5), trial(2, TrialState.RUNNING)])
+
+    def stop() -> None:
+        with reporter(sweep, 16, enabled=True) as report:
+            report.update()
+            sweep.trials[1] = trial(2, TrialState.STOPPED)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stop()
+    screen = screen_of(capsys.readouterr().out)
+    assert screen[0] == "s: 1 of 16 trials done"
+    rows = [line for line in screen if "hidden=128" in line]
+    assert [state in row for state, row in zip(("finished", "stopped"), rows, strict=True)] == [True, True]
+    assert screen[-1] == "sweep s: stopped with 1 of 16 trials done; the same command goes on with it"
+
+
+def test_ctrl_c_while_the_table_appears_leaves_it_above_the_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    refresh = Live.refresh
+
+    def refresh_and_interrupt(live: Live) -> None:
+        refresh(live)
+        monkeypatch.setattr(Live, "refresh", refresh)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Live, "refresh", refresh_and_interrupt)
+    with pytest.raises(KeyboardInterrupt), reporter(FakeSweep([trial(1)]), 16, enabled=True):
+        pass
+    screen = screen_of(capsys.readouterr().out)
+    assert screen[0] == "s: 1 of 16 trials done"
+    assert screen[-1].startswith("sweep s: stopped with 1 of 16 trials done")

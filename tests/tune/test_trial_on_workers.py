@@ -31,6 +31,9 @@ class PlayedDriver:
     def failure(self) -> BaseException | None:
         return self.error
 
+    def waits_for(self) -> str:
+        return "nothing"
+
     def begin(self) -> int:
         return self._begin
 

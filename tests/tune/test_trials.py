@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from searched import Line
 
-from shoal.errors import IdentityError, NotFoundError, RequestError, StorageError
-from shoal.storage import Storage
+from shoal.errors import CorruptError, IdentityError, NotFoundError, RequestError, StorageError
+from shoal.storage import Storage, append_line
 from shoal.tracking import RunRecord, RunState
 from shoal.train.spec import RunSpec
 from shoal.tune.record import SweepRecord, Trial, TrialState, run_of
@@ -215,6 +217,69 @@ def test_a_sweep_exists_once_it_is_claimed(storage: Storage) -> None:
     assert SweepRecord.exists(storage, "s")
     assert not SweepRecord.exists(storage, "s" * 76)
     assert not SweepRecord.exists(storage, "../s")
+
+
+OBJECTIVE: dict[str, Any] = {"metric": "error", "mode": "min"}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("", "is not JSON"),
+        ('{"recipe": "searched:Line", "spa', "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[]", "it is no object"),
+        ("null", "it is no object"),
+        ("{}", "it has no objective, space"),
+        (json.dumps({"space": {}}), "it has no objective"),
+        (json.dumps({"space": [], "objective": OBJECTIVE}), "space cannot be"),
+        (json.dumps({"space": {"lr": 3}, "objective": OBJECTIVE}), "space cannot be"),
+        (json.dumps({"space": {}, "objective": "error"}), "objective cannot be"),
+        (json.dumps({"space": {}, "objective": {"metric": 1, "mode": "min"}}), "objective cannot be"),
+        (json.dumps({"space": {}, "objective": {**OBJECTIVE, "more": 1}}), "objective cannot be"),
+        (json.dumps({"space": {}, "objective": OBJECTIVE, "recipe": 7}), "recipe cannot be"),
+    ],
+)
+def test_a_damaged_sweep_file_is_named_with_what_to_do(storage: Storage, text: str, found: str) -> None:
+    record = SweepRecord(storage, "s")
+    record.claim(IDENTITY)
+    (record.dir / "sweep.json").write_text(text)
+    for use in (lambda: open_sweep(storage, "s"), lambda: record.claim(IDENTITY)):
+        with pytest.raises(CorruptError, match=rf"s/sweep\.json.*{found}.*Restore it"):
+            use()
+
+
+def test_a_huge_sweep_file_is_not_read(storage: Storage) -> None:
+    record = SweepRecord(storage, "s")
+    record.claim(IDENTITY)
+    os.truncate(record.dir / "sweep.json", 2**40)
+    with pytest.raises(CorruptError, match=r"sweep\.json has more than"):
+        open_sweep(storage, "s")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"trial": 0},
+        {"trial": 1e300},
+        {"run": "../s-t002"},
+        {"run": 2},
+        {"fields": [1]},
+        {"value": "1.0"},
+        {"values": {"error": "1.0"}},
+        {"values": []},
+        {"step": "7"},
+        {"error": None},
+        {"source": {"run": "a"}},
+    ],
+)
+def test_a_line_with_wrong_types_is_left_out(storage: Storage, damage: dict[str, Any]) -> None:
+    record = SweepRecord(storage, "s")
+    good = Trial(number=1, run="s-t001", fields={"lr": 0.1}, state=TrialState.FINISHED, value=1.0)
+    record.book(good)
+    line = {**json.loads(replace(good, number=2, run="s-t002").to_line()), **damage}
+    append_line(record.trials_path, json.dumps(line))
+    assert record.trials() == [good]
 
 
 def test_a_name_must_leave_room_for_its_runs(storage: Storage) -> None:

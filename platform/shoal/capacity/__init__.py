@@ -3,11 +3,11 @@
 Deciding is `grant`, a function of a `Snapshot`; `snapshot` and `wait_for_grant` are the edge to Ray.
 """
 
-from shoal.capacity.policy import Holder, NodeFree, Resources, Snapshot, ceiling, describe, grant
+from shoal.capacity.policy import Holding, NodeFree, Resources, Snapshot, ceiling, describe, grant
 from shoal.capacity.snapshot import snapshot, wait_for_grant
 
 __all__ = [
-    "Holder",
+    "Holding",
     "NodeFree",
     "Resources",
     "Snapshot",

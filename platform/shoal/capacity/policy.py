@@ -26,17 +26,19 @@ class NodeFree:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Holder:
-    """Somebody who holds resources, for messages only: an actor's class or a placement group's name."""
+class Holding:
+    """What all that bear one name hold, for messages only."""
 
     name: str
-    holds: Resources
+    """An actor's, else its class; a placement group's."""
+    resources: Resources
+    """What each of them holds."""
     count: int = 1
-    """How many of this name hold that much each."""
+    """How many of this name hold that much."""
 
     def __str__(self) -> str:
         times = f"{self.count} x " if self.count > 1 else ""
-        return f"{times}{self.name} ({_listing(self.holds)}{' each' if times else ''})"
+        return f"{times}{self.name} ({_listing(self.resources)}{' each' if times else ''})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ class Snapshot:
     """The cluster at one moment. What others hold is missing from ``free``, whoever they are."""
 
     nodes: tuple[NodeFree, ...]
-    holders: tuple[Holder, ...] = ()
+    held: tuple[Holding, ...] = ()
 
     @property
     def total(self) -> dict[str, float]:
@@ -84,8 +86,8 @@ def describe(snapshot: Snapshot, per_worker: Resources) -> str:
     total, available = snapshot.total, snapshot.available
     names = [name for name, amount in per_worker.items() if amount > 0] or ["CPU"]
     free = ", ".join(f"{available.get(name, 0.0):g} of {total.get(name, 0.0):g} {name}" for name in names)
-    relevant = [holder for holder in snapshot.holders if any(holder.holds.get(name) for name in names)]
-    held = "; ".join(str(holder) for holder in relevant) or "nobody"
+    relevant = [holding for holding in snapshot.held if any(map(holding.resources.get, names))]
+    held = "; ".join(map(str, relevant)) or "nobody"
     return f"free: {free}; held by: {held}"
 
 

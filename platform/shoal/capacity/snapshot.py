@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from shoal.capacity import ray_edge
-from shoal.capacity.policy import Holder, NodeFree, Resources, Snapshot, describe, grant
+from shoal.capacity.policy import Holding, NodeFree, Resources, Snapshot, describe, grant
 from shoal.config import Range
 from shoal.errors import ClusterError, DeadlineExceeded, RequestError
 
@@ -40,7 +40,7 @@ def snapshot(*, with_holders: bool = False) -> Snapshot:
         )
     except (ray.exceptions.RayError, OSError) as error:
         raise ClusterError(f"the cluster does not say what is free: {error}. See `shoal status`.") from error
-    return Snapshot(nodes=nodes, holders=_holders() if with_holders else ())
+    return Snapshot(nodes=nodes, held=_held() if with_holders else ())
 
 
 def wait_for_grant(
@@ -95,27 +95,29 @@ def _countable(resources: Resources) -> dict[str, float]:
     }
 
 
-def _holders() -> tuple[Holder, ...]:
-    """Who holds resources, largest groups first; empty when Ray's state API does not answer in time."""
+def _held() -> tuple[Holding, ...]:
+    """What is held and by whom, the most numerous first; empty when Ray's state API does not answer in time."""
     import ray.util
     from ray.util.state import list_actors
 
-    held: Counter[tuple[str, tuple[tuple[str, float], ...]]] = Counter()
+    counts: Counter[tuple[str, tuple[tuple[str, float], ...]]] = Counter()
     try:
         for actor in list_actors(
             filters=[("state", "=", "ALIVE")], detail=True, limit=1000, timeout=_HOLDERS_TIMEOUT_S
         ):
             if not actor.placement_group_id:
-                held[_key(actor.name or actor.class_name or "an actor", actor.required_resources or {})] += 1
+                counts[
+                    _key(actor.name or actor.class_name or "an actor", actor.required_resources or {})
+                ] += 1
         for group in ray.util.placement_group_table().values():
             if group["state"] == "CREATED":
                 for bundle in group["bundles"].values():
-                    held[_key(group["name"] or "a placement group", bundle)] += 1
+                    counts[_key(group["name"] or "a placement group", bundle)] += 1
     except Exception:  # the state API raises many unrelated kinds; a message without holders is still true
         logger.warning("could not ask Ray who holds resources; the message will not name them", exc_info=True)
     return tuple(
-        Holder(name=name, holds=dict(resources), count=count)
-        for (name, resources), count in held.most_common()
+        Holding(name=name, resources=dict(resources), count=count)
+        for (name, resources), count in counts.most_common()
         if resources
     )
 

@@ -37,9 +37,7 @@ def serve(
     from shoal.cli.place import require_running
     from shoal.serve import deploy
 
-    info = require_running()
-    say(f"deploying {app} with {model} (a first deploy takes some 20 s)")
-    served = deploy(info, app, model=model, name=name)
+    served = deploy(require_running(), app, model=model, name=name, say=say)
     show_facts(
         {
             "app": served.name,
@@ -74,7 +72,5 @@ def delete(app: Annotated[str, typer.Argument(metavar="APP", help="Name of the a
     from shoal.cli.place import require_running
     from shoal.serve import delete as take_off
 
-    info = require_running()
-    say(f"deleting app {app} (some 6 s: requests in flight are finished first)")
-    take_off(info, app)
+    take_off(require_running(), app, say=say)
     say(f"app {app} is deleted")

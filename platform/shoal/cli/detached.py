@@ -6,16 +6,16 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from shoal.cli.console import say, show_facts
 from shoal.errors import ClusterError, DeadlineExceeded, EnvironmentFailure, from_name
 
 if TYPE_CHECKING:
-    from shoal.cli.training import TrainOptions
     from shoal.recipe import Recipe
     from shoal.tracking import RunRecord
+    from shoal.train.options import RunOptions
 
 START_DEADLINE_S = 180.0
 """A job's driver starts Python, Ray and the workers: some 10 s, several times that on a busy machine, and the
@@ -23,7 +23,7 @@ run may wait for room as long as a run does."""
 _POLL_S = 0.2
 
 
-def train_detached(recipe: Recipe, words: Sequence[str], options: TrainOptions) -> None:
+def train_detached(recipe: Recipe, words: Sequence[str], options: RunOptions) -> None:
     """Have the cluster train, and return once the run has started; ``words`` are the fields as typed.
 
     Raises:
@@ -34,8 +34,7 @@ def train_detached(recipe: Recipe, words: Sequence[str], options: TrainOptions) 
     from shoal.train.driver import finished_run, prepare
 
     cluster = connect()
-    spec = cluster.plan(recipe, **options.of_run())
-    cluster.worker_range(options.workers)
+    spec = cluster.plan(recipe, options)
     record = prepare(spec)
     finished = finished_run(spec, record)
     if finished is not None:
@@ -58,16 +57,31 @@ def train_detached(recipe: Recipe, words: Sequence[str], options: TrainOptions) 
     )
 
 
-def entrypoint(recipe: Recipe, words: Sequence[str], options: TrainOptions, project: str) -> str:
+def entrypoint(recipe: Recipe, words: Sequence[str], options: RunOptions, project: str) -> str:
     """The shell command of the job; the cluster has project and shoal on its path, so nothing is uploaded.
 
     The fields go as they were typed: a value such as None or a tuple has no text that reads back as itself.
     """
     from shoal.recipe import recipe_ref
 
-    command = [sys.executable, "-m", "shoal.cli", "train", recipe_ref(recipe), *words, *options.as_words()]
+    command = [sys.executable, "-m", "shoal.cli", "train", recipe_ref(recipe), *words, *_words(options)]
     # exec: SIGTERM, with which a job is stopped, reaches Python and not a shell that ignores it.
     return f"cd {shlex.quote(project)} && exec {shlex.join(command)}"
+
+
+def _words(options: RunOptions) -> list[str]:
+    """As options of ``shoal train``; they came from there, so their values read back as they are."""
+    return [
+        _word(field.name.replace("_", "-"), value)
+        for field in fields(options)
+        if (value := getattr(options, field.name)) != field.default
+    ]
+
+
+def _word(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name}={value}"
 
 
 class _Job:

@@ -10,9 +10,9 @@ from shoal.cli.console import say, show_facts
 from shoal.errors import RequestError
 
 if TYPE_CHECKING:
-    from shoal.cli.training import TrainOptions
     from shoal.config import ClusterConfig, Range
     from shoal.recipe import Datasets, Recipe
+    from shoal.train.options import RunOptions
     from shoal.train.session import Session
     from shoal.train.spec import RunSpec
 
@@ -30,7 +30,7 @@ class _OneStep:
         return True
 
 
-def dry_run(recipe: Recipe, options: TrainOptions) -> None:
+def dry_run(recipe: Recipe, options: RunOptions) -> None:
     """Take one step here and show what the run would need. Starts and writes nothing; needs no cluster.
 
     Raises:
@@ -40,13 +40,13 @@ def dry_run(recipe: Recipe, options: TrainOptions) -> None:
     import torch
 
     from shoal.cli.place import project_here, settings
-    from shoal.train.options import plan_run, workers_of
+    from shoal.train.options import plan_run
 
     config, storage = settings()
     if options.init_from is not None:
         raise RequestError("--dry-run starts from fresh weights: leave --init-from out")
-    spec = plan_run(recipe, config, storage, project=project_here(), **options.of_run())
-    workers = workers_of(config, options.workers)
+    spec = plan_run(recipe, options, config, storage, project=project_here())
+    workers = options.worker_range(config)
     torch.set_num_threads(1)  # as a worker on a cluster has
     notes = _resource_notes(config, workers)
     session, data, seconds = _one_step(spec)
@@ -78,6 +78,7 @@ def _one_step(spec: RunSpec) -> tuple[Session, Datasets, float]:
             seed=spec.seed,
             target_steps=spec.target_steps,
             precision=spec.precision,
+            shards=spec.shards,
         )
         began = time.monotonic()
         spec.recipe.train(session)
@@ -129,6 +130,7 @@ def _checkpoint_bytes(session: Session) -> int:
         scheduler=session.scheduler,
         random_states=[capture_random_state()],
         facts={},
+        run="",
         values={},
     )
     tensors = [*snap.model.values(), *snap.rest.tensors.values()]

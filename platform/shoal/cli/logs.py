@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated
 
@@ -52,9 +53,9 @@ def logs(
 
 
 def _show_run(place: Storage, name: str, rank: int, follow: bool) -> None:
-    from shoal.api import find_run
     from shoal.errors import NotFoundError
     from shoal.train.output import log_path
+    from shoal.train.run import find_run
 
     run = find_run(place, name)
     path = log_path(run.record.logs_dir, rank)
@@ -75,18 +76,24 @@ def _show_run(place: Storage, name: str, rank: int, follow: bool) -> None:
 
 
 def _show_app(place: Storage, name: str, follow: bool) -> None:
-    from shoal.errors import NotFoundError
+    from shoal.errors import NotFoundError, did_you_mean
+    from shoal.tracking import list_runs
 
     folder = place.app_logs_dir
 
     def files() -> Iterable[Path]:
-        found = [path for path in folder.glob("replica_*.log") if is_log_of(path, name)]
-        return sorted(found, key=lambda path: path.stat().st_mtime)
+        found = []
+        for path in folder.glob("replica_*.log"):
+            with suppress(FileNotFoundError):  # rotated since it was listed: it is here under its next name
+                if _app_of(path) == name:
+                    found.append((path.stat().st_mtime, path))
+        return [path for _, path in sorted(found)]
 
     if not files():
+        known = [*(record.name for record in list_runs(place)), *map(_app_of, folder.glob("replica_*.log"))]
         raise NotFoundError(
             f"there is no run {name!r}, and no app of that name has written a log in {folder}; "
-            "see: shoal runs, shoal apps"
+            f"see: shoal runs, shoal apps{did_you_mean(name, known)}"
         )
     tail = Tail(files, sys.stdout.buffer)
     tail.copy()
@@ -95,11 +102,11 @@ def _show_app(place: Storage, name: str, follow: bool) -> None:
         tail.copy()
 
 
-def is_log_of(path: Path, app: str) -> bool:
-    """Whether a replica of ``app`` wrote the file: ``replica_<app>_<deployment>_<id>.log``."""
+def _app_of(log: Path) -> str:
+    """The app whose replica wrote the file: ``replica_<app>_<deployment>_<id>.log``."""
     from shoal.serve.builder import DEPLOYMENT
 
-    return path.name.startswith(f"replica_{app}_{DEPLOYMENT}_")
+    return log.name.removeprefix("replica_").rpartition(f"_{DEPLOYMENT}_")[0]
 
 
 class Tail:
@@ -117,7 +124,7 @@ class Tail:
             try:
                 with path.open("rb") as file:
                     self._copy(file)
-            except FileNotFoundError:  # not written yet, or just rotated
+            except FileNotFoundError:  # not written yet, or just rotated: the next look finds it
                 continue
         self._out.flush()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -36,7 +36,7 @@ Name = Annotated[
     typer.Option(metavar="NAME", help="Default: <recipe>-<8 hex>; the same command, the same run."),
 ]
 Seed = Annotated[int, typer.Option(metavar="N", help="Of weights, data order and dropout.")]
-Precision = Annotated[str, typer.Option(metavar="fp32|bf16", help="Of the forward pass.")]
+Precision = Annotated[Literal["fp32", "bf16"], typer.Option(metavar="fp32|bf16", help="Of the forward pass.")]
 CheckpointEvery = Annotated[
     str | None,
     typer.Option(metavar="TIME", help="The most work a crash can cost, such as 30s. Default: the file's."),
@@ -44,6 +44,17 @@ CheckpointEvery = Annotated[
 Keep = Annotated[
     int | None,
     typer.Option(metavar="N", help="Newest checkpoints to keep besides the best. Default: the file's."),
+]
+Exact = Annotated[
+    bool | None,
+    typer.Option(
+        "--exact/--no-exact",
+        help="The same weights, bit for bit, on any number of workers. Default: the file's.",
+    ),
+]
+Shards = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Of an exact run: parts of each batch, at most as many workers."),
 ]
 InitFrom = Annotated[
     str | None, typer.Option(metavar="MODEL", help="A model version to start from, such as digits@1.")
@@ -69,7 +80,7 @@ SweepName = Annotated[
     ),
 ]
 Scheduler = Annotated[
-    str,
+    Literal["asha", "pbt", "none"],
     typer.Option(
         metavar="asha|pbt|none",
         help="asha ends trials early that are worse than others at the same step; pbt replaces the worst by "

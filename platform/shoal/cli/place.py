@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shoal.errors import ClusterError, RequestError
+from shoal.errors import AccessError, ClusterError, RequestError
 
 if TYPE_CHECKING:
     from shoal.api import Cluster
@@ -74,12 +74,19 @@ def connect() -> Cluster:
 
 def settings() -> tuple[ClusterConfig, Storage]:
     """The config and the storage that a new run would get: the running cluster's, else the file's."""
-    from shoal.config import ClusterConfig, load
+    from shoal.config import ClusterConfig
     from shoal.storage import Storage
 
     info = running()
     if info is not None:
         return ClusterConfig.from_dict(info.config), Storage(info.storage)
+    return _written()
+
+
+def _written() -> tuple[ClusterConfig, Storage]:
+    from shoal.config import load
+    from shoal.storage import Storage
+
     config = load()
     return config, Storage(config.storage_path(project_here()))
 
@@ -90,9 +97,9 @@ def storage() -> Storage:
 
     try:
         info = running()
-    except ClusterError:  # a record that cannot be read must not hide the runs
+    except (ClusterError, AccessError):  # a record that cannot be read must not hide the runs
         info = None
-    return Storage(info.storage) if info is not None else settings()[1]
+    return Storage(info.storage) if info is not None else _written()[1]
 
 
 def load_recipe(ref: str) -> type[Recipe]:

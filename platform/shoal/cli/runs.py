@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Container
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,6 +11,7 @@ import typer
 from shoal.cli.command import WORK, command
 
 if TYPE_CHECKING:
+    from shoal.storage import Storage
     from shoal.tracking import RunRecord
 
 NUM_EVENTS = 12
@@ -25,41 +27,48 @@ def runs(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this run closely.")] = None,
 ) -> None:
     """List the runs, the newest first; or show one: its identity, how far it is and what happened last."""
-    from shoal.api import find_run
     from shoal.cli.console import say
     from shoal.cli.place import storage
     from shoal.tracking import list_runs
+    from shoal.train.run import find_run
+    from shoal.tune.record import pruned_runs
 
+    place = storage()
     if name is not None:
-        _show_run(find_run(storage(), name).record)
+        _show_run(find_run(place, name).record, pruned_runs(place))
         return
-    records = list_runs(storage())
+    records = list_runs(place)
     if not records:
         say("no runs yet; start one: shoal train MODULE")
         return
-    show_runs(records)
+    show_runs(records, place)
 
 
-def show_runs(records: list[RunRecord]) -> None:
-    """A table of runs."""
+def show_runs(records: list[RunRecord], place: Storage) -> None:
+    """A table of runs, which are on ``place``."""
     from shoal.cli.console import show_table
+    from shoal.tune.record import pruned_runs
 
     columns = ("run", "state", "step", "of", "best", "workers", "age")
-    show_table(columns, map(_row, records), numbers=("step", "of", "workers", "age"))
+    pruned = pruned_runs(place)
+    show_table(
+        columns, (_row(record, pruned) for record in records), numbers=("step", "of", "workers", "age")
+    )
 
 
-def _row(record: RunRecord) -> tuple[Any, ...]:
+def _row(record: RunRecord, pruned: Container[str]) -> tuple[Any, ...]:
     from shoal.errors import CorruptError, StorageError
 
     try:
-        return _facts_of(record)
+        return _facts_of(record, pruned)
     except (CorruptError, StorageError, OSError):  # `shoal runs NAME` says what is wrong with it
         return (record.name, "damaged", "", "", "", "", "")
 
 
-def _facts_of(record: RunRecord) -> tuple[Any, ...]:
+def _facts_of(record: RunRecord, pruned: Container[str]) -> tuple[Any, ...]:
     from shoal.cli.console import age_text
     from shoal.train.run import objective_of
+    from shoal.tune.record import state_word
 
     objective, best = objective_of(record), None
     if objective is not None:
@@ -68,7 +77,7 @@ def _facts_of(record: RunRecord) -> tuple[Any, ...]:
     target = record.target_steps
     return (
         record.name,
-        record.state(),
+        state_word(record, pruned),
         f"{record.step:,}",
         f"{target:,}" if target else "",
         f"{objective.metric} {best['values'][objective.metric]:.4g}" if objective and best else "",
@@ -77,8 +86,10 @@ def _facts_of(record: RunRecord) -> tuple[Any, ...]:
     )
 
 
-def _show_run(record: RunRecord) -> None:
+def _show_run(record: RunRecord, pruned: Container[str]) -> None:
     from shoal.cli.console import age_text, say, show_facts, values_text
+    from shoal.train.run import best_text
+    from shoal.tune.record import state_word
 
     identity = record.identity() or {}
     starts = record.events(("start",))
@@ -86,7 +97,7 @@ def _show_run(record: RunRecord) -> None:
     checkpoints = [e for e in record.events(("checkpoint",)) if (record.dir / e["path"]).is_dir()]
     facts = {
         "run": record.name,
-        "state": record.state(),
+        "state": state_word(record, pruned),
         "steps": f"{record.step:,}{f' of {target:,}' if target else ''}",
         "attempts": record.attempt,
         "workers": starts[-1]["workers"] if starts else "",
@@ -97,6 +108,7 @@ def _show_run(record: RunRecord) -> None:
         "from": identity.get("init_from") or _source_text(identity.get("source")),
         "val": values_text(record.last_eval("val")),
         "test": values_text(record.last_eval("test")),
+        "best": best_text(record),
         "checkpoints": ", ".join(f"{event['step']:,}" for event in checkpoints),
         "folder": record.dir,
     }

@@ -137,13 +137,14 @@ def _show_runs(info: ClusterInfo) -> None:
     from shoal.storage import Storage
     from shoal.tracking import list_runs
 
-    records = list_runs(Storage(info.storage))
+    place = Storage(info.storage)
+    records = list_runs(place)
     running = [record for record in records if _is_running(record)]
     shown = running + [record for record in records if record not in running][:NUM_RUNS]
     if not shown:
         say("no runs yet; start one: shoal train MODULE")
         return
-    show_runs(shown)
+    show_runs(shown, place)
     if len(shown) < len(records):
         say(f"and {len(records) - len(shown)} more: shoal runs")
 

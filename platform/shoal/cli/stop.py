@@ -30,25 +30,27 @@ def stop(name: Annotated[str, typer.Argument(metavar="NAME", help="A run or a sw
 
     The same command that started it goes on with it.
     """
-    from shoal.api import find_run
     from shoal.cli.place import storage
     from shoal.tracking import RunRecord
+    from shoal.train.run import find_run
     from shoal.tune import SweepRecord, open_sweep
 
     place = storage()
     if SweepRecord.exists(place, name):
         _stop_sweep(open_sweep(place, name))
     elif RunRecord.exists(place, name):
-        _stop_run(find_run(place, name))
+        _stop_run(place, find_run(place, name))
     else:
         _refuse(place, name)
 
 
-def _stop_run(run: Run) -> None:
+def _stop_run(place: Storage, run: Run) -> None:
     from shoal.cli.console import say
+    from shoal.tune.record import pruned_runs, state_word
 
     if not run.is_active:
-        say(f"run {run.name} does not run: {run.state} at step {run.step:,}")
+        state = state_word(run.record, pruned_runs(place))
+        say(f"run {run.name} does not run: {state} at step {run.step:,}")
         return
     run.stop()
     _wait(lambda: not run.is_active, f"run {run.name} to stop")
@@ -68,13 +70,18 @@ def _stop_sweep(sweep: Sweep) -> None:
 
 def _refuse(place: Storage, name: str) -> None:
     from shoal.cli.place import running
-    from shoal.errors import NotFoundError, RequestError
+    from shoal.errors import NotFoundError, RequestError, did_you_mean
     from shoal.serve import apps
+    from shoal.tracking import list_runs
+    from shoal.tune.record import sweep_names
 
     info = running()
     if info is not None and name in {app.name for app in apps(info)}:
         raise RequestError(f"{name!r} is an app; take it off the cluster with: shoal delete {name}")
-    raise NotFoundError(f"there is no run and no sweep {name!r} in {place.root}; see: shoal runs")
+    known = [*sweep_names(place), *(record.name for record in list_runs(place))]
+    raise NotFoundError(
+        f"there is no run and no sweep {name!r} in {place.root}; see: shoal runs{did_you_mean(name, known)}"
+    )
 
 
 def _wait(is_done: Callable[[], bool], what: str) -> None:

@@ -11,15 +11,14 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from shoal.cli.console import say
-from shoal.errors import NotFoundError, RecipeError, RequestError, ShoalError
+from shoal.errors import NotFoundError, RequestError, ShoalError
 
 if TYPE_CHECKING:
-    from shoal.cli.training import TrainOptions
     from shoal.recipe import Recipe
     from shoal.storage import Storage
     from shoal.tracking import ResolvedModel, RunRecord
     from shoal.train.group import Group
-    from shoal.train.run import Run
+    from shoal.train.options import RunOptions
     from shoal.train.spec import RunSpec
 
 
@@ -28,14 +27,14 @@ def is_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
     return "TORCHELASTIC_RUN_ID" in environment and "RANK" in environment
 
 
-def train_under_torchrun(recipe: Recipe, options: TrainOptions) -> None:
+def train_under_torchrun(recipe: Recipe, options: RunOptions) -> None:
     """This process's part of the run; rank 0 shows progress and the result.
 
     Ctrl-C and SIGTERM commit a checkpoint and stop.
 
     Raises:
         RequestError: the run cannot be as asked. NotFoundError: no such version to start from.
-        RecipeError, EnvironmentFailure: it failed.
+        RecipeError, EnvironmentFailure, InternalError: it failed; the kind that was recorded.
     """
     from shoal.train.group import torchrun_group
 
@@ -51,7 +50,7 @@ def train_under_torchrun(recipe: Recipe, options: TrainOptions) -> None:
         _train(spec, group)
 
 
-def _spec(recipe: Recipe, options: TrainOptions) -> RunSpec:
+def _spec(recipe: Recipe, options: RunOptions) -> RunSpec:
     from shoal.cli.place import project_here
     from shoal.config import load
     from shoal.storage import Storage
@@ -60,7 +59,7 @@ def _spec(recipe: Recipe, options: TrainOptions) -> RunSpec:
     config, project = load(), project_here()
     storage = Storage(config.storage_path(project))
     init_from = None if options.init_from is None else _version(storage, options.init_from)
-    return plan_run(recipe, config, storage, project=project, **{**options.of_run(), "init_from": init_from})
+    return plan_run(recipe, options, config, storage, project=project, init_from=init_from)
 
 
 def _version(storage: Storage, text: str) -> ResolvedModel:
@@ -79,6 +78,7 @@ def _version(storage: Storage, text: str) -> ResolvedModel:
 
 def _agree(spec: RunSpec, group: Group) -> str:
     """Rank 0 checks for all whether the run may start; returns a note if it is finished already."""
+    from shoal.cli.failures import exit_code_of
     from shoal.train.driver import finished_run, prepare
 
     note, problem = "", None
@@ -95,34 +95,28 @@ def _agree(spec: RunSpec, group: Group) -> str:
     if problem is not None:
         if group.is_first:
             raise problem
-        raise SystemExit(2 if isinstance(problem, RequestError) else 1)  # rank 0 says why
+        raise SystemExit(exit_code_of(problem))  # rank 0 says why
     return note
 
 
 def _train(spec: RunSpec, group: Group) -> None:
-    from shoal.tracking import RunRecord, RunState
+    from shoal.cli.failures import exit_code_of
+    from shoal.cli.training import show_result
+    from shoal.tracking import RunRecord
     from shoal.train.engine import train_worker
     from shoal.train.run import Run
 
     record = RunRecord(spec.storage, spec.name)
     with _stop_on_signals(record), _progress(record, shown=group.is_first):
         train_worker(spec, group)
+    try:
+        run = Run(record).wait(progress=False)  # it has ended; this raises why it failed
+    except ShoalError as err:
+        if group.is_first:
+            raise
+        raise SystemExit(exit_code_of(err)) from None  # rank 0 says why
     if group.is_first:
-        _show(Run(record))
-    if record.summary().ended is not None and record.state() == RunState.FAILED:
-        raise SystemExit(2)
-
-
-def _show(run: Run) -> None:
-    from shoal.cli.training import show_result
-
-    end = run.record.summary().ended
-    if end is not None and end["state"] == "failed":
-        raise RecipeError(
-            f"run {run.name!r} failed at step {end['step']}: {end['error']}",
-            traceback_text=str(end["traceback"]),
-        )
-    show_result(run)
+        show_result(run)
 
 
 @contextmanager
@@ -144,11 +138,14 @@ def _stop_on_signals(record: RunRecord) -> Iterator[None]:
 def _progress(record: RunRecord, *, shown: bool) -> Iterator[None]:
     """Show progress from a thread: the main one trains."""
     from shoal.train.progress import reporter
+    from shoal.train.run import Run, outcome_text
 
-    over = threading.Event()
+    over, since = threading.Event(), record.end_offset
 
     def watch() -> None:
-        with reporter(record, enabled=True) as report:
+        with reporter(
+            record, enabled=True, last_line=lambda: outcome_text(Run(record)), since=since
+        ) as report:
             while not over.wait(0.2):
                 report.update()
 

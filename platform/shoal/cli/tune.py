@@ -1,4 +1,4 @@
-"""``shoal tune``."""
+"""The command ``tune``: the shell's, and a job's."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ import typer
 
 from shoal.cli import options as opt
 from shoal.cli.command import WORK, command
+from shoal.cli.of_recipe import of_recipe
+from shoal.recipe import Recipe
 
 
 def add_to(app: typer.Typer) -> None:
-    """Add the command."""
+    """Add ``shoal tune``."""
     examples = (
         "shoal tune jobs.digits lr=log:1e-4..1e-1",
         "shoal tune jobs.digits lr=log:1e-4..1e-1 hidden=64,128 dropout=0.0..0.5 --trials 32 --concurrent 2",
         "shoal tune jobs.digits lr=log:1e-4..1e-1 --workers 2",
         "shoal tune jobs.digits lr=log:1e-4..1e-1 dropout=0.0..0.5 --scheduler pbt --trials 4",
     )
-    command(app, panel=WORK, examples=examples)(tune)
+    command(app, panel=WORK, examples=examples)(of_recipe(tune))
 
 
 def tune(
-    module: opt.Module,
+    recipe: type[Recipe],
     space: opt.SpaceFields = None,
     trials: opt.Trials = None,
     concurrent: opt.Concurrent = None,
@@ -28,6 +30,8 @@ def tune(
     steps: opt.Steps = None,
     name: opt.SweepName = None,
     seed: opt.Seed = 0,
+    precision: opt.Precision = "fp32",
+    checkpoint_every: opt.CheckpointEvery = None,
     scheduler: opt.Scheduler = "asha",
     perturb_every: opt.PerturbEvery = None,
 ) -> None:
@@ -35,8 +39,8 @@ def tune(
 
     The same command goes on with a sweep that was stopped or killed; finished trials are not repeated.
     """
-    from shoal.cli.place import load_recipe
-    from shoal.cli.tuning import SweepOptions, tune_and_wait
+    from shoal.cli.tuning import tune_and_wait
+    from shoal.tune import SweepOptions
 
     options = SweepOptions(
         trials=trials,
@@ -45,7 +49,9 @@ def tune(
         steps=steps,
         name=name,
         seed=seed,
+        precision=precision,
+        checkpoint_every=checkpoint_every,
         scheduler=scheduler,
         perturb_every=perturb_every,
     )
-    tune_and_wait(load_recipe(module), space or [], options)
+    tune_and_wait(recipe, space or [], options)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from shoal.cli.console import console, say, show_facts
@@ -13,21 +12,7 @@ from shoal.errors import NotFoundError
 
 if TYPE_CHECKING:
     from shoal.recipe import Recipe
-    from shoal.tune import Sweep
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepOptions:
-    """How a sweep is to run; None is the cluster file's or the recipe's."""
-
-    trials: int | None = None
-    concurrent: int | None = None
-    workers: int = 1
-    steps: int | None = None
-    name: str | None = None
-    seed: int = 0
-    scheduler: str = "asha"
-    perturb_every: int | None = None
+    from shoal.tune import Sweep, SweepOptions
 
 
 def tune_and_wait(cls: type[Recipe], words: Sequence[str], options: SweepOptions) -> None:
@@ -46,12 +31,13 @@ def tune_and_wait(cls: type[Recipe], words: Sequence[str], options: SweepOptions
     check_space(recipe, space)  # before a second is spent on attaching
     cluster = connect()
     with sigterm_interrupts():
-        sweep = cluster.tune(recipe, space, **asdict(options))
+        sweep = cluster.tune(recipe, space, **vars(options))
         say(f"sweep {sweep.name}{f': {sweep.note}' if sweep.note else ''}")
         try:
             sweep.wait()
         except KeyboardInterrupt:
-            show_best(sweep, then="the same command goes on with the sweep")
+            if not console().is_terminal:  # there the table ended in a line that says as much
+                show_best(sweep, then="the same command goes on with the sweep")
             raise
     show_best(sweep, then=f"shoal register {cls.__name__.lower()} {sweep.name} --alias champion")
 

@@ -16,7 +16,7 @@ from shoal.cluster import processes, ray_edge
 from shoal.cluster import start as starting
 from shoal.cluster.info import ClusterInfo
 from shoal.cluster.lifecycle import STARTING_NAME, check_installation
-from shoal.errors import ClusterError, RequestError, ShoalError
+from shoal.errors import AccessError, ClusterError, RequestError, ShoalError
 from shoal.storage import MIN_FREE_BYTES, Storage
 from shoal.storage.disk import nearest_existing
 
@@ -51,8 +51,9 @@ def doctor(project: Path, *, serve_port: int | None = None, storage: Path | None
     info: ClusterInfo | None = None
     try:
         info = cluster_info.read_record(cluster_info.state_dir(project) / cluster_info.RECORD_NAME)
-    except ClusterError as error:
-        findings.append(Finding(subject="record", level="error", message=str(error), next_step="shoal down"))
+    except (ClusterError, AccessError) as error:
+        step = "shoal down" if isinstance(error, ClusterError) else "run shoal as that user"
+        findings.append(Finding(subject="record", level="error", message=str(error), next_step=step))
     if info is not None:
         findings += [_running(info), *_token(info), *_listeners(info)]
     elif serve_port:
@@ -173,6 +174,8 @@ def _is_recorded(cluster_id: str, record: Path) -> bool:
     """Whether the project knows that cluster, running or starting."""
     try:
         info = cluster_info.read_record(record)
+    except AccessError:
+        return True  # another user's, whom only root sees: theirs to look after
     except ClusterError:
         return False
     return (info is not None and info.cluster_id == cluster_id) or record.with_name(STARTING_NAME).exists()

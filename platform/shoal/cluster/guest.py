@@ -17,6 +17,7 @@ from shoal.config.load import find as find_file
 from shoal.errors import ConfigError, Problem
 
 _NO_FILE = Path(os.devnull)
+_SQLITE = "sqlite:///"
 
 
 def this_cluster() -> ClusterInfo | None:
@@ -62,7 +63,11 @@ def _host_of(folder: Path, config: ClusterConfig) -> ClusterInfo:
 
 
 def _refuse_throw_away(folder: Path, config: ClusterConfig) -> None:
-    places = {"storage": config.storage_path(folder), "tracking": config.tracking_uri(folder)}
+    folder = folder.resolve()
+    places = {"storage": config.storage_path(folder)}
+    tracking = config.tracking_uri(folder)
+    if tracking.startswith(_SQLITE):  # else a server, which is nobody's folder
+        places["tracking"] = Path(tracking.removeprefix(_SQLITE))
     problems = [
         Problem(
             path,
@@ -72,7 +77,7 @@ def _refuse_throw_away(folder: Path, config: ClusterConfig) -> None:
             value=getattr(config, path),
         )
         for path, place in places.items()
-        if getattr(config, path) is not None and str(folder) in str(place)
+        if getattr(config, path) is not None and place.resolve().is_relative_to(folder)
     ]
     if problems:
         raise ConfigError(problems, source="cluster.yaml")

@@ -2,14 +2,15 @@
 
 The record is one file, ``<project>/.shoal/cluster.json``, written once the cluster answers. It holds paths
 and numbers and no secret: the token stays in its own file. It lies in the project, which may come from anywhere,
-so it is not believed where that would hurt: whose token is sent where, and which folder is removed.
+so it is not believed where that would hurt: whose token is sent where, and which folder is removed. It is bound
+to its project's folder and to its user: in a copy of the folder it names no cluster, and another user's is refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
+import pwd
 import re
 import stat
 import sys
@@ -20,7 +21,7 @@ from typing import Any
 
 from shoal import storage
 from shoal.cluster import processes, ray_edge
-from shoal.errors import ClusterError
+from shoal.errors import AccessError, ClusterError, CorruptError, NotFoundError, StorageError
 from shoal.storage.owner import boot_id, start_ticks
 
 RECORD_ENV = processes.RECORD
@@ -149,6 +150,7 @@ class ClusterInfo:
         """The cluster that this process is part of or attached to; None when there is none.
 
         Raises:
+            AccessError: the environment names another user's record.
             ClusterError: the environment names a record that cannot be read.
         """
         path = os.environ.get(RECORD_ENV)
@@ -201,26 +203,63 @@ def state_dir(project: Path) -> Path:
 
 
 def read_record(path: Path) -> ClusterInfo | None:
-    """The record in a file; None when there is none.
+    """The record in a file; None when there is none, or it is that of another folder, of which this is a copy.
 
     Raises:
+        AccessError: the file is another user's.
         ClusterError: the file is no record; it says what to do.
     """
+    check_own(path)
     try:
-        return ClusterInfo.from_json(json.loads(path.read_text()))
-    except FileNotFoundError:
+        info = ClusterInfo.from_json(storage.read_json(path))
+        return info if is_folder(path.parent.parent, info.project) else None
+    except NotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (CorruptError, StorageError, ValueError, KeyError, TypeError) as error:
         raise ClusterError(
             f"{path} is not a record that this shoal wrote for this user ({error}). "
             f"Run `shoal down` in {path.parent.parent} to clean up, then `shoal up`."
         ) from error
 
 
+def check_own(path: Path) -> None:
+    """Pass if a file of a project's cluster is this user's, or not there.
+
+    Raises:
+        AccessError: it is another user's, and so is the cluster: root, who could end it, was not asked to.
+    """
+    try:
+        owner = path.lstat().st_uid
+    except OSError:  # not there; or whoever reads it next says why it cannot be read
+        return
+    if owner != os.getuid():
+        raise AccessError(
+            f"{path} belongs to {_user(owner)}, and so does the cluster that it records; you are "
+            f"{_user(os.getuid())}. Nothing was changed. Run shoal as that user; if no cluster of theirs runs "
+            "here any more, remove the file."
+        )
+
+
+def _user(uid: int) -> str:
+    try:
+        return f"user {pwd.getpwuid(uid).pw_name!r}"
+    except KeyError:
+        return f"the user with id {uid}"
+
+
+def is_folder(here: Path, recorded: Path) -> bool:
+    """Whether ``here`` is the very folder ``recorded``, under whatever name, and not a copy of it."""
+    try:
+        return here.samefile(recorded)
+    except OSError:  # it was moved or removed; what is here is another one now
+        return False
+
+
 def find(project: Path) -> ClusterInfo | None:
     """The running cluster of a project; None when none runs (a record left by a crash does not count).
 
     Raises:
+        AccessError: there is a record, and it is another user's.
         ClusterError: there is a record and it cannot be read.
     """
     info = read_record(state_dir(project.resolve()) / RECORD_NAME)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
@@ -18,8 +17,16 @@ from shoal.cluster import processes, ray_edge
 from shoal.cluster import start as starting
 from shoal.cluster.info import ClusterInfo, state_dir
 from shoal.cluster.start import StartPlan
-from shoal.errors import ClusterError, DeadlineExceeded, RequestError
-from shoal.storage import FileLock, Storage, write_json
+from shoal.errors import (
+    AccessError,
+    ClusterError,
+    CorruptError,
+    DeadlineExceeded,
+    NotFoundError,
+    RequestError,
+    StorageError,
+)
+from shoal.storage import FileLock, Storage, read_json, write_json
 
 if TYPE_CHECKING:
     from shoal.config import ClusterConfig
@@ -45,6 +52,7 @@ def up(config: ClusterConfig, *, project: Path, say: Callable[[str], None] = _lo
     or a crash left is removed first. ``say`` is told what happens, in sentences for a person.
 
     Raises:
+        AccessError: the project's cluster is another user's, also for root; nothing was changed.
         RequestError: the cluster runs with another configuration, a port is taken, a version does not fit.
         ClusterError: it does not start or answer.
         StorageError: storage is not writable, or full.
@@ -58,6 +66,7 @@ def up_plan(
 ) -> ClusterInfo:
     """As ``up``, from a plan already made; this call started the cluster if it has the plan's ``cluster_id``."""
     check_installation()
+    _check_own(plan.project)
     with _lock(plan.project):
         running = _recover(plan.project, say)
         if running is not None:
@@ -69,7 +78,7 @@ def up_plan(
         Storage(plan.storage).check()
         _check_serve_port(plan)
         marker = state_dir(plan.project) / STARTING_NAME
-        write_json(marker, {"cluster_id": plan.cluster_id})
+        write_json(marker, {"cluster_id": plan.cluster_id, "project": str(plan.project)})
         starting.private_dir(cluster_info.runtime_root())
         # One start at a time per user: the ports of one are written down before the next chooses.
         with FileLock(cluster_info.runtime_root() / "lock", timeout_s=_LOCK_TIMEOUT_S):
@@ -86,14 +95,16 @@ def down(project: Path, *, say: Callable[[str], None] = _log.info) -> bool:
     Returns once every process is gone. Safe to repeat; also cleans what a crash or a killed ``up`` left.
 
     Raises:
+        AccessError: the cluster is another user's, also for root; nothing was changed.
         RequestError: called from inside the cluster, which would end the caller half way.
         ClusterError: a process does not end.
     """
     project = project.resolve()
     if not state_dir(project).is_dir():
         return False
+    _check_own(project)
     with _lock(project):
-        found = _claims(project)
+        found = _claims(project, say)
         for cluster_id in found:
             if os.environ.get(processes.CLUSTER_ID) == cluster_id:
                 raise RequestError(
@@ -168,29 +179,50 @@ def _recover(project: Path, say: Callable[[str], None]) -> ClusterInfo | None:
                 f"{_ANSWER_TIMEOUT_S:.0f} s. Try again when the machine is less busy; `shoal doctor` says "
                 f"more; `shoal down` ends it, with every run on it."
             )
-    for cluster_id in _claims(project):
+    for cluster_id in _claims(project, say):
         say(f"cleaning up cluster {cluster_id[:8]}, which no longer runs")
         starting.abandon(cluster_id)
     _forget(project)
     return None
 
 
-def _claims(project: Path) -> list[str]:
-    """The id of every cluster of this project: by its records, and by processes that name it."""
+def _check_own(project: Path) -> None:
+    for name in (cluster_info.RECORD_NAME, STARTING_NAME):
+        cluster_info.check_own(state_dir(project) / name)
+
+
+def _claims(project: Path, say: Callable[[str], None]) -> list[str]:
+    """The id of every cluster of this project: by its records, and by processes that name it.
+
+    Raises:
+        AccessError: one runs as another user.
+    """
     claims: dict[str, None] = {}  # in order, each once
     for name in (cluster_info.RECORD_NAME, STARTING_NAME):
         path = state_dir(project) / name
         try:
-            claims[_checked_id(json.loads(path.read_text())["cluster_id"])] = None
-        except FileNotFoundError:
+            record = read_json(path)
+            cluster_id, home = _checked_id(record["cluster_id"]), Path(record["project"])
+        except NotFoundError:
             continue
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (CorruptError, StorageError, ValueError, KeyError, TypeError) as error:
             _log.warning("%s cannot be read (%s); its cluster is found by its processes", path, error)
+            continue
+        if cluster_info.is_folder(project, home):
+            claims[cluster_id] = None
+        else:
+            say(f"{path} came with a copy of {home}, whose cluster is left alone")
     record_path = state_dir(project) / cluster_info.RECORD_NAME
-    for cluster_id, claimed in processes.claims():
-        if claimed == record_path:
-            with suppress(ValueError):
-                claims[_checked_id(cluster_id)] = None
+    for (cluster_id, claimed), found in processes.claims().items():
+        if claimed != record_path:
+            continue
+        if others := processes.of_others(found):
+            raise AccessError(
+                f"a cluster of {project} runs as another user: {processes.describe(others)}. It was left alone; "
+                "run shoal as that user"
+            )
+        with suppress(ValueError):  # anybody may set the variable; what is no id names no cluster
+            claims[_checked_id(cluster_id)] = None
     return list(claims)
 
 

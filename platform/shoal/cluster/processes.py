@@ -65,6 +65,16 @@ def is_running(process: psutil.Process) -> bool:
         return False
 
 
+def of_others(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Those that run as another user; only root sees any."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.Error):  # it has ended since
+            if process.uids().real != os.getuid():
+                found.append(process)
+    return found
+
+
 def describe(processes: Iterable[psutil.Process]) -> str:
     """Names and ids for a message, at most ten."""
     found = []

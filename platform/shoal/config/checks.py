@@ -5,14 +5,13 @@ Pure: a config and a machine go in, problems come out. Nothing is started or loo
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from shoal.config.local import count, plan_local
 from shoal.config.machine import Machine
 from shoal.config.sections import NOT_YET, ClusterConfig, Section, is_loopback
-from shoal.errors import Problem
+from shoal.errors import Problem, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,7 @@ def _check_workers(config: ClusterConfig, machine: Machine) -> Iterator[Finding]
     pool, workers = config.train.pool, config.train.workers
     if pool is not None and pool not in config.pools:
         known = f"pools are {', '.join(sorted(config.pools))}" if config.pools else "the file has no pools"
-        near = difflib.get_close_matches(pool, config.pools, n=1, cutoff=0.7)  # gpu is not a misspelt cpu
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(pool, config.pools, cutoff=0.7)  # gpu is not a misspelt cpu
         problem = Problem("train.pool", f"no such pool; {known}{hint}", repr(pool))
         yield Finding(problem, ("train.pool", f"pools.{pool}"))
         return

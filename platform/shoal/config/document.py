@@ -30,6 +30,14 @@ class _Loader(yaml.SafeLoader):
         _check_merges(node)  # here an alias is still the same node in two places; constructing copies
         return super().construct_document(node)
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=deep)
+        except (ValueError, KeyError, AttributeError):
+            # What PyYAML lets through on `!!int x`, `!!bool x` and `!!timestamp x`.
+            message = f"not a value of the tag {node.tag!r}; leave the tag out"
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark) from None
+
 
 _Loader.yaml_implicit_resolvers = {}
 
@@ -83,10 +91,10 @@ class Document:
         return line
 
     def override(self, keys: Keys, text: str, source: str) -> None:
-        """Set one value from the shell or the environment; ``text`` is read as YAML."""
+        """Set one value from the shell or the environment; ``text`` is read as YAML. Runs no code of it."""
         path = ".".join(keys)
         try:
-            value = yaml.load(text, _Loader)
+            value = yaml.load(text, _Loader)  # a `yaml.SafeLoader`: plain values only, whatever the tags say
         except (yaml.YAMLError, RecursionError):
             self.problems.append(Problem(path, "the value is not valid YAML", repr(text), source))
             return
@@ -106,7 +114,7 @@ class Document:
 
 
 def read_document(path: Path) -> Document:
-    """Read a YAML file.
+    """Read a YAML file, as plain values. Runs no code of it.
 
     Raises:
         ConfigError: it cannot be read, is not one YAML mapping, or is larger than 1 MiB.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from shoal.config.document import Document, Keys, apply_overrides, read_document
 from shoal.config.machine import Machine
 from shoal.config.sections import ClusterConfig, Section
 from shoal.config.values import Range
-from shoal.errors import ConfigError, Problem
+from shoal.errors import ConfigError, Problem, did_you_mean
 
 FILE_NAME = "cluster.yaml"
 _MAX_SHOWN = 60
@@ -164,7 +163,7 @@ def _message(error: ErrorDetails, keys: Keys) -> str:
             return f"must be at most {context['le']:g}"
         case "literal_error":
             choices = context["expected"].replace("'", "")
-            return f"must be {choices}{_did_you_mean(error['input'], _choices(keys))}"
+            return f"must be {choices}{did_you_mean(str(error['input']).lower(), _choices(keys))}"
         case _:
             return error["msg"]
 
@@ -172,7 +171,7 @@ def _message(error: ErrorDetails, keys: Keys) -> str:
 def _unknown_key(keys: Keys) -> str:
     section = _annotation(keys[:-1])
     valid = list(section.model_fields) if _is_section(section) else []
-    hint = _did_you_mean(keys[-1], valid)
+    hint = did_you_mean(keys[-1].lower(), valid)
     if not hint and (homes := list(_sections_with(keys[-1]))):
         hint = f"; did you mean {' or '.join(homes)}?"
     return f"unknown key{hint}" + (" Valid" if hint else "; valid") + f" keys: {', '.join(valid)}"
@@ -183,11 +182,6 @@ def _not_a_section(keys: Keys) -> str:
     if _is_section(section):
         return f"must be a mapping of {', '.join(section.model_fields)}"
     return "must be a mapping of names, such as {cpu: {nodes: 1..4, cpu: 8}}"
-
-
-def _did_you_mean(value: object, choices: Sequence[str]) -> str:
-    near = difflib.get_close_matches(str(value).lower(), choices, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _choices(keys: Keys) -> list[str]:

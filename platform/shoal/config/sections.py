@@ -134,6 +134,10 @@ class Train(Section):
     """Time between checkpoints, which is the most work that a crash can cost."""
     keep: Count = 3
     """How many of the newest checkpoints are kept, besides the best one."""
+    exact: bool = False
+    """Whether a run's weights are the same bits on any number of workers (docs/exact.md); sweeps stay fast."""
+    shards: Count = 8
+    """Of an exact run, into how many shards every batch is divided; it is the most workers the run can have."""
     retries: Annotated[int, Field(ge=0)] = 5
     """How often a run replaces lost workers before it gives up."""
     priority: Priority = 50

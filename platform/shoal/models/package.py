@@ -100,7 +100,10 @@ class ModelPackage:
 
     @functools.cached_property
     def recipe(self) -> Recipe:
-        """The recipe that made the model, with the same fields. Imports its module, from your path only.
+        """The recipe that made the model, with the same fields.
+
+        Runs code: the module that ``model.json`` names is imported, from your path only, and whatever it is, that
+        runs it. So open packages of strangers as you would run a script of yours with an argument of theirs.
 
         Raises:
             NotFoundError: the module or class is not there, or is not a recipe.
@@ -110,6 +113,8 @@ class ModelPackage:
 
     def load(self) -> nn.Module:
         """A new module with the weights, in eval mode on the CPU. Leaves torch's random state as it was.
+
+        Runs the recipe's ``build_model``, see `recipe`; of the package itself nothing is run, weights are data.
 
         The files are verified once more, so what is loaded is what was committed.
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.errors import ClusterError, DeadlineExceeded, NotFoundError, RequestError
+from shoal.errors import ClusterError, DeadlineExceeded, NotFoundError, RequestError, did_you_mean
 from shoal.serve import replica_logs
 from shoal.serve.builder import DEPLOYMENT, resolve, serve_settings
 from shoal.serve.handle import App, answering_model
@@ -46,6 +46,7 @@ def deploy(
     model: str,
     name: str | None = None,
     deadline_s: float = DEADLINE_S,
+    say: Callable[[str], None] = lambda text: None,
 ) -> App:
     """Serve ``import_path`` (``serve_apps.digits:app``) with ``model`` (``digits@champion``); waits for it.
 
@@ -54,6 +55,7 @@ def deploy(
     apps are left as they are. When the app cannot be brought up, what ran before is put back.
 
     ``name`` defaults to the module's, ``digits``. The first app answers at ``/``, later ones at ``/<name>``.
+    ``say`` is told when the wait begins: all that is asked for was found by then.
 
     Raises:
         NotFoundError: no such model, version or alias.
@@ -71,6 +73,7 @@ def deploy(
     user_config = resolve(info, model)
     resolved = f"{user_config['model']}@{user_config['version']}"
     package = ModelPackage.open(Path(user_config["path"]), expect=resolved)
+    say(f"deploying {import_path} with {resolved} (a first deploy takes some 20 s)")
     with _changing(info, timeout_s=deadline_s) as running:
         before = running.get(name)
         running[name] = app_config(name, import_path, user_config, running.values(), before=before)
@@ -87,8 +90,16 @@ def deploy(
     return app
 
 
-def delete(info: ClusterInfo, name: str, *, deadline_s: float = DEADLINE_S) -> None:
+def delete(
+    info: ClusterInfo,
+    name: str,
+    *,
+    deadline_s: float = DEADLINE_S,
+    say: Callable[[str], None] = lambda text: None,
+) -> None:
     """Take an app off the cluster; blocks until its replicas are gone. Requests in flight are finished first.
+
+    ``say`` is told when the wait begins: the app was found by then.
 
     Raises:
         NotFoundError: no app of this name runs.
@@ -96,7 +107,9 @@ def delete(info: ClusterInfo, name: str, *, deadline_s: float = DEADLINE_S) -> N
     """
     with _changing(info, timeout_s=deadline_s) as running:
         if name not in running:
-            raise NotFoundError(f"there is no app {name!r}; running: {', '.join(sorted(running)) or 'none'}")
+            there = ", ".join(sorted(running)) or "none"
+            raise NotFoundError(f"there is no app {name!r}; running: {there}{did_you_mean(name, running)}")
+        say(f"deleting app {name} (some 6 s: requests in flight are finished first)")
         _send(info, _without(running, name))
 
     def is_gone() -> bool:

@@ -171,7 +171,7 @@ def _as_error(name: str, error: urllib.error.HTTPError) -> Exception:
     try:
         told = json.loads(text)["error"]
         text = f"{told['message']} {told['hint']}"
-    except (ValueError, KeyError, TypeError):
-        pass
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass  # not an app's refusal but HAProxy's or another program's: its text is shown as it came
     kind = AccessError if error.code in (401, 403) else RequestError if error.code < 500 else ClusterError
     return kind(f"app {name!r} answered {error.code}: {text}")

@@ -15,7 +15,7 @@ from shoal.storage.commit import (
     newest_verified,
     verify,
 )
-from shoal.storage.disk import Disk, make_directories
+from shoal.storage.disk import Disk, make_directories, open_plain
 from shoal.storage.files import create_json, read_json, write_json
 from shoal.storage.identity import claim, differences
 from shoal.storage.journal import MAX_LINE_BYTES, append_line, read_lines
@@ -43,6 +43,7 @@ __all__ = [
     "discard",
     "make_directories",
     "newest_verified",
+    "open_plain",
     "read_json",
     "read_lines",
     "verify",

@@ -24,6 +24,7 @@ from shoal.storage.disk import (
     LOCAL_DISK,
     Disk,
     make_directories,
+    read_plain,
     remove_quietly,
     storage_error,
 )
@@ -158,13 +159,15 @@ def newest_verified(
     parent: Path,
     *,
     on_rejected: Callable[[Path, str], None],
+    named: Callable[[str], bool] = lambda _: True,
     check: Callable[[Path, Manifest], None] = lambda *_: None,
 ) -> tuple[Path, Manifest] | None:
     """The last directory in ``parent``, by name, that verifies; None when there is none.
 
-    ``check`` may raise CorruptError about one that verifies but is not what the caller looks for.
-    Every one tried and refused before it is passed to ``on_rejected`` with the reason, newest first, and
-    left in place. Temporary directories and plain files are not looked at.
+    ``named`` says of a directory's name whether it may be one; others are not looked at, nor are temporary
+    directories and plain files. ``check`` may raise CorruptError about one that verifies but is not what the
+    caller looks for. Every one tried and refused before the one that is returned is passed to ``on_rejected``
+    with the reason, newest first, and left in place.
 
     Raises:
         StorageError: the files cannot be read now. We do not fall back then: older state would be used, and
@@ -177,7 +180,7 @@ def newest_verified(
     except OSError as error:
         raise storage_error("list", parent, error) from error
     for name in names:
-        if name.startswith("."):
+        if name.startswith(".") or not named(name):
             continue
         try:
             manifest = verify(parent / name)
@@ -302,15 +305,11 @@ def _seal(temporary: Path, meta: Mapping[str, Any], disk: Disk) -> Manifest:
 
 def _read_manifest(directory: Path) -> bytes:
     try:
-        with open(os.open(directory / MANIFEST, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-            content = file.read(MAX_MANIFEST_BYTES + 1)
+        return read_plain(directory / MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
     except FileNotFoundError:
         if not directory.exists():
             raise
         raise _damaged(directory, f"it has no {MANIFEST}, so it was never committed") from None
-    if len(content) > MAX_MANIFEST_BYTES:
-        raise _damaged(directory, f"{MANIFEST} has more than {MAX_MANIFEST_BYTES} bytes")
-    return content
 
 
 def _compare(directory: Path, manifest: Manifest) -> None:

@@ -10,9 +10,11 @@ import errno
 import logging
 import os
 import shutil
+import stat
 from pathlib import Path
+from typing import BinaryIO
 
-from shoal.errors import StorageError
+from shoal.errors import CorruptError, StorageError
 
 FILE_MODE = 0o600
 DIRECTORY_MODE = 0o700
@@ -74,6 +76,14 @@ class Disk:
 
 
 LOCAL_DISK = Disk()
+_KINDS = {
+    stat.S_IFLNK: "a link",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 _log = logging.getLogger(__name__)
 
 
@@ -89,6 +99,46 @@ def make_directories(path: Path, disk: Disk = LOCAL_DISK) -> None:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
         return  # another process was first
     disk.sync_directory(path.parent)
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """Open a file of ours for reading that may have been exchanged for anything. Never blocks on what it is.
+
+    Raises:
+        CorruptError: it is a link, a folder, a pipe, a socket or a device: none of these did we write.
+        OSError: it cannot be opened, or is not there.
+    """
+    # A look before opening, since opening a device can do things; and one after, since it may have changed.
+    _check_plain(path, os.lstat(path))
+    file = open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115
+    try:
+        _check_plain(path, os.fstat(file.fileno()))
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _check_plain(path: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise CorruptError(
+            f"{path} is no plain file but {_KINDS.get(stat.S_IFMT(found.st_mode), 'something else')}, so it is not "
+            "what was written there. Restore it or move it away."
+        )
+
+
+def read_plain(path: Path, *, max_bytes: int) -> bytes:
+    """The whole content of a file of ours, as `open_plain` opens it.
+
+    Raises:
+        CorruptError: as `open_plain`; or it has more than ``max_bytes``.
+        OSError: it cannot be read, or is not there.
+    """
+    with open_plain(path) as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise CorruptError(f"{path} has more than {max_bytes} bytes. Restore it or move it away.")
+    return content
 
 
 def remove_quietly(path: Path, disk: Disk = LOCAL_DISK) -> bool:

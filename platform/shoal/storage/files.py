@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import CorruptError, NotFoundError
-from shoal.storage.disk import LOCAL_DISK, Disk, make_directories, remove_quietly, storage_error
+from shoal.storage.disk import (
+    LOCAL_DISK,
+    Disk,
+    make_directories,
+    read_plain,
+    remove_quietly,
+    storage_error,
+)
 from shoal.storage.owner import temporary_path
 
 MAX_JSON_BYTES = 64 * 2**20
@@ -47,18 +54,15 @@ def read_json(path: Path) -> Any:
 
     Raises:
         NotFoundError: there is no such file.
-        CorruptError: it is not JSON, or absurdly large.
+        CorruptError: it is not JSON, no plain file, or absurdly large.
         StorageError: it cannot be read.
     """
     try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_JSON_BYTES + 1)
+        content = read_plain(path, max_bytes=MAX_JSON_BYTES)
     except FileNotFoundError:
         raise NotFoundError(f"{path} does not exist") from None
     except OSError as error:
         raise storage_error("read", path, error) from error
-    if len(content) > MAX_JSON_BYTES:
-        raise CorruptError(f"{path} has more than {MAX_JSON_BYTES} bytes. Restore it or move it away.")
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:

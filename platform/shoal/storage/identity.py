@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shoal.errors import IdentityError
+from shoal.errors import CorruptError, IdentityError
 from shoal.storage.files import create_json, read_json
 
 _ABSENT = object()
@@ -27,7 +27,10 @@ def claim(path: Path, identity: Mapping[str, Any], *, what: str, advice: str) ->
     asked = json.loads(json.dumps(dict(identity)))  # as it will be read back: tuples become lists
     if create_json(path, asked):
         return True
-    wrong = differences(read_json(path), asked)
+    recorded = read_json(path)
+    if not isinstance(recorded, Mapping):
+        raise CorruptError(f"{path} is damaged: it holds no identity. Restore it, or choose another name.")
+    wrong = differences(recorded, asked)
     if wrong:
         lines = [f"  {field}: it has {has}, you asked for {wants}" for field, has, wants in wrong]
         raise IdentityError("\n".join([f"{what} exists with another identity:", *lines, advice]))

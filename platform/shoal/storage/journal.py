@@ -11,9 +11,11 @@ import os
 from pathlib import Path
 
 from shoal.errors import RequestError
-from shoal.storage.disk import FILE_MODE, make_directories, storage_error
+from shoal.storage.disk import FILE_MODE, make_directories, read_plain, storage_error
 
 MAX_LINE_BYTES = 2**20
+MAX_LINES_BYTES = 256 * 2**20
+"""Of a whole file that `read_lines` reads; the trials of a sweep take some megabytes at most."""
 _CANCEL = b"\x18"
 
 
@@ -55,10 +57,11 @@ def read_lines(path: Path) -> list[str]:
     Torn lines are left out, the one at the end included; bytes that are not UTF-8 show as U+FFFD.
 
     Raises:
+        CorruptError: it is no plain file, or absurdly large.
         StorageError: the file cannot be read.
     """
     try:
-        content = path.read_bytes()
+        content = read_plain(path, max_bytes=MAX_LINES_BYTES)
     except FileNotFoundError:
         return []
     except OSError as error:

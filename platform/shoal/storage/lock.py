@@ -14,8 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from shoal.errors import DeadlineExceeded
-from shoal.storage.disk import FILE_MODE, make_directories, storage_error
+from shoal.errors import CorruptError, DeadlineExceeded
+from shoal.storage.disk import FILE_MODE, make_directories, open_plain, storage_error
 
 _POLL_S = 0.05
 _GRACE_S = 0.2
@@ -73,8 +73,9 @@ class FileLock:
     def owner(self) -> Mapping[str, Any] | None:
         """Who took the lock last: ``pid``, ``host`` and ``since`` (epoch seconds); None when nobody did."""
         try:
-            owner = json.loads(self.path.read_bytes()[:_MAX_OWNER_BYTES])
-        except (OSError, ValueError):  # never taken, or being taken right now
+            with open_plain(self.path) as file:
+                owner = json.loads(file.read(_MAX_OWNER_BYTES))
+        except (CorruptError, OSError, ValueError):  # never taken, or being taken right now
             return None
         return owner if isinstance(owner, dict) else None
 
@@ -83,7 +84,7 @@ class FileLock:
         if self._descriptor is not None:
             return True
         try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
             return False
         except OSError as error:

@@ -4,8 +4,8 @@ Importing this loads neither MLflow nor Ray nor pandas.
 """
 
 from shoal.tracking.actor import TrackerClient, ensure_tracker, open_registry
-from shoal.tracking.journal import Event, Folded, RunState, derive_state
-from shoal.tracking.record import RunRecord, being_trained, check_run_name, list_runs
+from shoal.tracking.journal import Event, Folded, RunState
+from shoal.tracking.record import RunRecord, being_trained, check_run_name, list_runs, read_identity
 from shoal.tracking.registry import RegisteredModel, Registry, ResolvedModel, parse_spec
 from shoal.tracking.tracker import Tracker, TrackerStatus
 
@@ -22,9 +22,9 @@ __all__ = [
     "TrackerStatus",
     "being_trained",
     "check_run_name",
-    "derive_state",
     "ensure_tracker",
     "list_runs",
     "open_registry",
     "parse_spec",
+    "read_identity",
 ]

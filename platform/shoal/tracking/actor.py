@@ -86,9 +86,6 @@ class TrackerClient:
     def set_alias(self, model: str, alias: str, version: int) -> None:
         self._call("set_alias", model=model, alias=alias, version=version)
 
-    def delete_alias(self, model: str, alias: str) -> None:
-        self._call("delete_alias", model=model, alias=alias)
-
     def resolve(self, spec: str) -> ResolvedModel:
         resolved: ResolvedModel = self._call("resolve", spec=spec)
         return resolved

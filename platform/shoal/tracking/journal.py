@@ -85,23 +85,15 @@ class Folded:
             self.step = event["step"]
 
     def state(self, *, is_locked: bool) -> RunState:
-        """The state of the run, given whether some process holds its lock."""
+        """The state of the run, given whether some process holds its lock.
+
+        The last ``start`` or ``end`` line decides; the lock only tells a running run from one that was killed.
+        """
         if self.ended is not None:
             return RunState(self.ended["state"])
         if is_locked:
             return RunState.RUNNING
         return RunState.INTERRUPTED if self.attempt else RunState.NEW
-
-
-def derive_state(events: Iterable[Event], *, is_locked: bool) -> RunState:
-    """The state of the run whose journal holds ``events``.
-
-    The last ``start`` or ``end`` line decides; the lock only tells a running run from one that was killed.
-    """
-    folded = Folded()
-    for event in events:
-        folded.add(event)
-    return folded.state(is_locked=is_locked)
 
 
 def encode(kind: str, *, t: float, attempt: int, fields: Mapping[str, Any]) -> str:

@@ -20,7 +20,17 @@ from shoal.errors import (
     RequestError,
     ShoalError,
 )
-from shoal.storage import FileLock, StopMark, Storage, append_line, claim, create_json, read_json
+from shoal.storage import (
+    MAX_LINE_BYTES,
+    FileLock,
+    StopMark,
+    Storage,
+    append_line,
+    claim,
+    create_json,
+    open_plain,
+    read_json,
+)
 from shoal.tracking.journal import (
     Event,
     Folded,
@@ -93,10 +103,7 @@ class RunRecord:
         """
         if not self.identity_path.exists():
             return None
-        identity = read_json(self.identity_path)
-        if not isinstance(identity, dict):
-            raise CorruptError(f"{self.identity_path} is damaged: it holds no identity of a run")
-        return identity
+        return read_identity(self.identity_path)
 
     def claim_identity(self, identity: Mapping[str, Any]) -> bool:
         """Give the name to this identity, once and for all: True if it was free, False if it already is its.
@@ -202,25 +209,31 @@ class RunRecord:
 
         An unfinished last line waits for its end: the offset that comes back is always a line's beginning.
         Nothing new gives ``([], offset)``. An offset past the end (the run was deleted and made anew) starts
-        over.
+        over. What is longer than any line of a journal is passed over.
+
+        Raises:
+            CorruptError: the journal is no plain file.
         """
         try:
-            with self.journal_path.open("rb") as file:
+            with open_plain(self.journal_path) as file:
                 size = file.seek(0, 2)
                 start = offset if offset <= size else 0
                 file.seek(start)
                 data = file.read(_CHUNK_BYTES)
                 if not data.endswith(b"\n"):
-                    data += file.readline()  # a line longer than the chunk, a traceback say
+                    data += file.readline(MAX_LINE_BYTES)  # a line longer than the chunk, a traceback say
         except FileNotFoundError:
             return [], 0
         complete = data[: data.rfind(b"\n") + 1]
+        if not complete and len(data) > MAX_LINE_BYTES:
+            logger.warning("run %s: passed over %d bytes of its journal without a line", self.name, len(data))
+            return [], start + len(data)
         events = []
         for line in complete.splitlines():
             if (event := parse(line)) is not None:
                 events.append(event)
             elif line.strip() and not line.endswith(_CANCELLED):
-                logger.warning("run %s: skipped a journal line that cannot be read: %.80r", self.name, line)
+                logger.warning("run %s: skipped a journal line that cannot be read: %r", self.name, line[:60])
         return events, start + len(complete)
 
     # What the journal says
@@ -332,6 +345,52 @@ def check_run_name(name: str) -> str:
             "beginning with a letter or a digit"
         )
     return name
+
+
+def read_identity(path: Path) -> dict[str, Any]:
+    """What a run or a sweep was asked for, in the shape that it was written in; parts may be missing.
+
+    Raises:
+        NotFoundError: there is no such file.
+        CorruptError: it is damaged; the message says what to do.
+        StorageError: it cannot be read.
+    """
+    found = read_json(path)
+    damage = "it is no object"
+    if isinstance(found, dict):
+        wrong = [key for key in found if not _fits(key, found[key])]
+        damage = f"{', '.join(wrong)} cannot be what was written" if wrong else ""
+    if damage:
+        raise CorruptError(
+            f"{path} is damaged: {damage}. Restore it from a copy, or move {path.parent} away and start again "
+            "under another name"
+        )
+    return dict(found)
+
+
+def _fits(key: str, value: Any) -> bool:
+    match key:
+        case "recipe":
+            return isinstance(value, str)
+        case "fields":
+            return isinstance(value, dict)
+        case "space":
+            return isinstance(value, dict) and all(isinstance(domain, dict) for domain in value.values())
+        case "objective":
+            return (
+                isinstance(value, dict)
+                and value.keys() == {"metric", "mode"}
+                and isinstance(value["metric"], str)
+                and value["mode"] in ("min", "max")
+            )
+        case "source":
+            return (
+                isinstance(value, dict)
+                and value.keys() == {"run", "step", "digest"}
+                and isinstance(value["step"], int)
+                and all(isinstance(value[part], str) for part in ("run", "digest"))
+            )
+    return True
 
 
 def being_trained(name: str, *, by: str = "") -> RequestError:

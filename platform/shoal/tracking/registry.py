@@ -7,7 +7,6 @@ over; what it leaves behind is collected by a later registration, once the write
 
 from __future__ import annotations
 
-import difflib
 import logging
 import re
 import threading
@@ -17,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from shoal.errors import CorruptError, NotFoundError, RequestError, ShoalError, StorageError
+from shoal.errors import CorruptError, NotFoundError, RequestError, ShoalError, StorageError, did_you_mean
 from shoal.storage import MANIFEST, Storage, discard
 from shoal.storage.owner import FOREIGN_AFTER_S, Owner
 from shoal.tracking.delivery import clean_key
@@ -72,7 +71,6 @@ class RegistryBackend(Protocol):
     def mark_ready(self, model: str, version: int, *, tags: Mapping[str, str]) -> None: ...
     def abandon(self, model: str, version: int) -> None: ...
     def set_alias(self, model: str, alias: str, version: int) -> None: ...
-    def delete_alias(self, model: str, alias: str) -> None: ...
     def resolve(self, spec: str) -> ResolvedModel: ...
     def versions(self, model: str) -> list[ResolvedModel]: ...
     def models(self) -> list[RegisteredModel]: ...
@@ -138,10 +136,6 @@ class Registry:
     def set_alias(self, model: str, alias: str, version: int) -> None:
         """Point ``alias`` at ``version``, in one step: nobody sees it point nowhere."""
         self._backend.set_alias(check_model_name(model), check_alias(alias), version)
-
-    def delete_alias(self, model: str, alias: str) -> None:
-        """Forget ``alias``; the version it pointed at stays."""
-        self._backend.delete_alias(check_model_name(model), check_alias(alias))
 
     def _abandon(self, model: str, version: int) -> None:
         try:
@@ -232,14 +226,6 @@ class RegistryStore:
         with self._writing, store.translated():
             store.client.set_registered_model_alias(model, alias, str(version))
 
-    def delete_alias(self, model: str, alias: str) -> None:
-        """Forget ``alias``."""
-        check_alias(alias)
-        self.resolve(f"{model}@{alias}")
-        store = self._store()
-        with self._writing, store.translated():
-            store.client.delete_registered_model_alias(model, alias)
-
     def resolve(self, spec: str) -> ResolvedModel:
         """The ready version that ``spec`` means."""
         model, selector = parse_spec(spec)
@@ -254,7 +240,7 @@ class RegistryStore:
             numbers = [str(version.version) for version in reversed(versions)]
             exist = f"versions {_listed(numbers)}; aliases {_listed(aliases)}"
             raise NotFoundError(
-                f"model {model!r} has no {kind} {selector!r}{_hint(selector, by_key)} (it has {exist})"
+                f"model {model!r} has no {kind} {selector!r}{did_you_mean(selector, by_key)} (it has {exist})"
             )
         return self._with_files(by_key[selector])
 
@@ -266,7 +252,7 @@ class RegistryStore:
         if not ready:
             names = [known.model for known in self.models()]
             raise NotFoundError(
-                f"no model {model!r}{_hint(model, names)} (models: {_listed(names)}). "
+                f"no model {model!r}{did_you_mean(model, names)} (models: {_listed(names)}). "
                 "Make one from a run with cluster.models.register(...)"
             )
         with store.translated():
@@ -390,11 +376,6 @@ def _is_gone(text: str) -> bool | None:
     if len(parts) != 4 or not (parts[2].isdigit() and parts[3].isdigit()):
         return None
     return Owner(parts[0], parts[1], int(parts[2]), int(parts[3])).is_gone()
-
-
-def _hint(asked: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(asked, list(known), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import threading
 import time
@@ -20,7 +21,7 @@ from shoal.errors import (
     StorageError,
     TrackingError,
 )
-from shoal.storage import FileLock, Storage, read_json, write_json
+from shoal.storage import MAX_LINE_BYTES, FileLock, Storage, open_plain, read_json, write_json
 from shoal.tracking.delivery import (
     Batch,
     clean_text,
@@ -324,8 +325,8 @@ class Tracker:
         )
         for batch in plan_params(identity):
             self._log(store, record.name, run_id, batch)
-        if record.identity_path.exists():
-            text = record.identity_path.read_text(errors="replace")
+        if identity:
+            text = json.dumps(identity, indent=2, sort_keys=True)
             self._keep(store, record.name, run_id, text, record.identity_path.name)
         progress.run_id = run_id  # last: cut off before, all of this is done again
 
@@ -374,7 +375,7 @@ class Tracker:
         if end.get("traceback"):
             self._keep(store, record.name, run_id, end["traceback"], "traceback.txt")
         for path in sorted(record.logs_dir.glob("*.log")):
-            with path.open("rb") as file:
+            with open_plain(path) as file:
                 file.seek(max(0, path.stat().st_size - _MAX_LOG_BYTES))
                 text = file.read().decode(errors="replace")
             self._keep(store, record.name, run_id, text, f"logs/{path.name}")
@@ -397,10 +398,12 @@ class Tracker:
         try:
             saved: dict[str, Any] = read_json(path)
             if saved["journal"] == journal:
-                return _Progress(journal, str(saved["run_id"]), int(saved["offset"]), str(saved["state"]))
+                if (offset := int(saved["offset"])) < 0:
+                    raise ValueError(f"offset {offset}")
+                return _Progress(journal, str(saved["run_id"]), offset, str(saved["state"]))
         except NotFoundError:
             pass  # nothing delivered yet
-        except (CorruptError, KeyError, TypeError, ValueError) as error:
+        except (CorruptError, KeyError, TypeError, ValueError, OverflowError) as error:
             self._warn(f"{path} cannot be read, delivering run {run} again: {error!r}")
         return _Progress(journal)
 
@@ -418,6 +421,6 @@ class Tracker:
 
 def _journal_id(record: RunRecord) -> str | None:
     """A digest of the journal's first line, which holds the time the run first started."""
-    with record.journal_path.open("rb") as file:
-        line = file.readline()
+    with open_plain(record.journal_path) as file:
+        line = file.readline(MAX_LINE_BYTES)
     return hashlib.sha256(record.name.encode() + line).hexdigest()[:32] if line.endswith(b"\n") else None

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from shoal.errors import CorruptError, NotFoundError
-from shoal.storage import copy_committed, discard
+from shoal.storage import Manifest, copy_committed, discard
 from shoal.tracking import RunRecord
 from shoal.train.spec import Source
+from shoal.train.stamp import check_stamp, names_checkpoint
 
 logger = logging.getLogger(__name__)
 
-_CHECKPOINTS = f"step-{'[0-9]' * 10}"
-"""Not a copy that somebody made beside them: the run would not find it under such a name."""
 _ATTEMPTS = 3
 """A run that trains on deletes its old checkpoints, perhaps what is being copied; then there are newer ones."""
 
@@ -20,23 +22,35 @@ _ATTEMPTS = 3
 def adopt_checkpoint(source: RunRecord, target: RunRecord) -> Source:
     """Copy the newest checkpoint of ``source`` that verifies into the run ``target``; blocks until it is there.
 
-    The copy is ``target``'s own: what becomes of ``source`` later does not matter to it. ``target`` must not
-    have begun (`discard_leftovers`).
+    One of another run that was put among them is passed over. The copy is ``target``'s own: what becomes of
+    ``source`` later does not matter to it. ``target`` must not have begun (`discard_leftovers`).
 
     Raises:
-        NotFoundError: ``source`` has no checkpoint that verifies.
+        NotFoundError: ``source`` has no such checkpoint.
         StorageError: the disk is full or not writable.
     """
     discard_leftovers(target)
+    identity = source.identity()
     for _ in range(_ATTEMPTS):
-        for path in sorted(source.checkpoints_dir.glob(_CHECKPOINTS), reverse=True):
+        there = [path for path in source.checkpoints_dir.glob("*") if names_checkpoint(path.name)]
+        for path in sorted(there, reverse=True):
             try:
-                manifest = copy_committed(path, target.checkpoints_dir / path.name)
+                manifest = _copy(path, target.checkpoints_dir / path.name, identity)
             except CorruptError as err:
                 logger.info("not adopted: %s", err)
                 continue
             return Source(run=source.name, step=int(manifest.meta["step"]), digest=manifest.digest)
     raise NotFoundError(f"run {source.name!r} has no checkpoint that verifies, so none can go on from it")
+
+
+def _copy(checkpoint: Path, target: Path, identity: Mapping[str, Any] | None) -> Manifest:
+    manifest = copy_committed(checkpoint, target)
+    try:
+        check_stamp(target, manifest, identity)
+    except CorruptError:
+        discard(target)
+        raise
+    return manifest
 
 
 def discard_leftovers(run: RunRecord) -> None:

@@ -12,7 +12,7 @@ from shoal.train.checkpoints import CheckpointWriter, Snapshot, take_snapshot
 from shoal.train.group import Group
 from shoal.train.resume import Beginning, facts
 from shoal.train.session import Session
-from shoal.train.spec import RunSpec
+from shoal.train.spec import RunSpec, digest_of
 
 WRITE_SLICE_S = 5.0
 """How long rank 0 waits for a checkpoint to be written before it tells its peers that it still does."""
@@ -31,6 +31,7 @@ class RunBoundary:
         self._best: float | None = None
         self._saved_step: int | None = None
         self._stop = False
+        self._run = digest_of(record.identity())
         self._writer = (
             CheckpointWriter(
                 record.checkpoints_dir,
@@ -129,6 +130,7 @@ class RunBoundary:
                     scheduler=session.scheduler,
                     random_states=random_states,
                     facts=facts(self._spec, self._group),
+                    run=self._run,
                     values=values,
                 )
             )

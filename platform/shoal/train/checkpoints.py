@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from shoal.errors import CorruptError, RecipeError, ShoalError, StorageError
 from shoal.models import load_tensors, save_tensors
 from shoal.recipe import Objective
 from shoal.storage import (
-    Manifest,
     collect_orphans,
     commit,
     discard,
@@ -25,14 +23,18 @@ from shoal.storage import (
     newest_verified,
     read_json,
 )
+from shoal.train.stamp import (
+    STATE_FILE,
+    check_stamp,
+    checkpoint_path,
+    names_checkpoint,
+    stamp,
+    step_of,
+)
 from shoal.train.state import Flat, flatten, snapshot, unflatten
 
 MODEL_FILE = "model.safetensors"
 REST_FILE = "rest.safetensors"
-STATE_FILE = "state.json"
-
-_NAME = re.compile(r"step-\d{10}")
-"""Anything else in the folder, such as a copy that somebody made, is never used and never deleted."""
 
 
 @dataclass
@@ -45,6 +47,8 @@ class Snapshot:
     """Optimizer, scheduler and every rank's random state."""
     facts: dict[str, Any]
     """What the checkpoint was made with: workers, device, threads, precision, versions."""
+    run: str
+    """Digest of the run's identity, see `spec.digest_of`."""
     values: dict[str, float] = field(default_factory=dict)
     """The validation metrics measured at this very step, if any were."""
 
@@ -57,6 +61,7 @@ def take_snapshot(
     scheduler: Any,
     random_states: list[dict[str, Any]],
     facts: dict[str, Any],
+    run: str,
     values: dict[str, float],
 ) -> Snapshot:
     """Copy the state to the CPU.
@@ -80,7 +85,7 @@ def take_snapshot(
         },
         what="the optimizer or scheduler",
     )
-    return Snapshot(step, tensors, rest, facts, values)
+    return Snapshot(step, tensors, rest, facts, run, values)
 
 
 def write_snapshot(directory: Path, snap: Snapshot) -> int:
@@ -96,7 +101,7 @@ def write_snapshot(directory: Path, snap: Snapshot) -> int:
         state = {"step": snap.step, "facts": snap.facts, "values": snap.values, "rest": snap.rest.skeleton}
         (folder / STATE_FILE).write_text(json.dumps(state))
 
-    manifest = commit(directory, write, meta={"kind": "checkpoint", "step": snap.step})
+    manifest = commit(directory, write, meta=stamp(step=snap.step, run=snap.run))
     return manifest.size_bytes
 
 
@@ -146,27 +151,22 @@ def measured_at(directory: Path) -> dict[str, float]:
     return values
 
 
-def checkpoint_path(parent: Path, step: int) -> Path:
-    """Where the checkpoint of a step lives; names sort by step."""
-    return parent / f"step-{step:010d}"
+def find_checkpoint(
+    parent: Path, identity: Mapping[str, Any] | None, on_rejected: Callable[[Path, str], None]
+) -> Path | None:
+    """The newest checkpoint of the run ``identity`` that verifies, or None.
 
-
-def step_of(directory: Path) -> int:
-    """The step a checkpoint's folder is named after."""
-    return int(directory.name.removeprefix("step-"))
-
-
-def find_checkpoint(parent: Path, on_rejected: Callable[[Path, str], None]) -> Path | None:
-    """The newest checkpoint that verifies, or None. Each newer one that does not is reported and left alone."""
+    Each newer one that does not, or is not this run's, is reported and left alone.
+    """
     if not parent.is_dir():
         return None
-    found = newest_verified(parent, on_rejected=on_rejected, check=_check_name)
+    found = newest_verified(
+        parent,
+        named=names_checkpoint,
+        check=lambda directory, manifest: check_stamp(directory, manifest, identity),
+        on_rejected=on_rejected,
+    )
     return found[0] if found else None
-
-
-def _check_name(directory: Path, manifest: Manifest) -> None:
-    if not _NAME.fullmatch(directory.name) or manifest.meta.get("step") != step_of(directory):
-        raise CorruptError(f"{directory} is whole, but not the checkpoint of the step that its name says")
 
 
 def plan_discard(steps: Iterable[int], *, keep: int, best: int | None) -> list[int]:
@@ -262,7 +262,7 @@ class CheckpointWriter:
     def _discard_old(self, newest: int) -> None:
         # Steps beyond the one just committed did not verify, or the run would have gone on from them: they
         # must not push out what does verify.
-        there = [path for path in self._parent.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
+        there = [path for path in self._parent.iterdir() if path.is_dir() and names_checkpoint(path.name)]
         steps = [step for path in there if (step := step_of(path)) <= newest]
         for step in plan_discard(steps, keep=self._keep, best=self._best[0] if self._best else None):
             discard(checkpoint_path(self._parent, step))

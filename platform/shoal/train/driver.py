@@ -117,6 +117,12 @@ class WorkersDriver:
         """Why the driver gave up, if it did."""
         return self._failure
 
+    def waits_for(self) -> str:
+        """What keeps the run from starting: room, or its workers' processes."""
+        group = self._group
+        count = f"{self._workers} worker{'s' if self._workers.max > 1 else ''}"
+        return f"{count} to start" if group is not None and group.has_room else f"room for {count}"
+
     def begin(self) -> int:
         """Where the journal ended when this driver began, in bytes."""
         return self._begin

@@ -10,8 +10,9 @@ from shoal.models import Lineage, load_tensors, write_package
 from shoal.models.lineage import check_reference
 from shoal.recipe import from_fields, load_recipe
 from shoal.storage import read_json, verify
-from shoal.train.checkpoints import MODEL_FILE, STATE_FILE
+from shoal.train.checkpoints import MODEL_FILE
 from shoal.train.run import Run
+from shoal.train.stamp import STATE_FILE, check_stamp
 
 
 def write_run_package(run: Run, directory: Path, *, model: str, version: int) -> None:
@@ -19,12 +20,12 @@ def write_run_package(run: Run, directory: Path, *, model: str, version: int) ->
 
     Raises:
         NotFoundError: the run has no checkpoint, or its recipe is not where it was.
-        CorruptError: the checkpoint does not verify.
+        CorruptError: the checkpoint does not verify, or is of another run.
         RecipeError: the recipe lives in a notebook, or no longer takes these weights.
         StorageError: the disk is full or not writable.
     """
     checkpoint = run.best_checkpoint()
-    verify(checkpoint)
+    check_stamp(checkpoint, verify(checkpoint), run.record.identity())
     lineage = lineage_of(run, checkpoint)
     check_reference(lineage.recipe)
     net = from_fields(load_recipe(lineage.recipe), lineage.fields).build_model()

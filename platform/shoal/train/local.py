@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from shoal.recipe import Recipe
 from shoal.train.group import Group
+from shoal.train.options import RunOptions
 from shoal.train.seeds import derive_seed, seed_everything
 from shoal.train.session import Session
 
@@ -57,8 +58,10 @@ def fit(recipe: Recipe, *, steps: int | None = None, seed: int = 0) -> Fitted:
     Gives the weights that a one-worker run of the same seed gives, on the same device and thread count.
 
     Raises:
+        RequestError: ``steps`` or ``seed`` that cannot be.
         RecipeError: the recipe cannot be trained; whatever its own code raises comes out as it is.
     """
+    RunOptions(steps=steps, seed=seed)  # checks them
     listener = _Listener()
     seed_everything(derive_seed(seed, "data"))
     session = Session(

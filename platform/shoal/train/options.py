@@ -1,85 +1,169 @@
-"""What may be asked of a run, checked and filled in from the file and the recipe; needs no cluster."""
+"""How a run is asked for: its options, and the run that they mean once file and recipe have filled them in."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shoal.errors import RequestError
 from shoal.recipe import Recipe
 from shoal.storage import Storage
+from shoal.train.asked import (
+    Rule,
+    check,
+    duration,
+    is_interval,
+    is_text,
+    is_worker_range,
+    one_of,
+    whole_number,
+)
 from shoal.train.revision import code_revision
 from shoal.train.spec import RunSpec, identity_of, run_name_of
 
 if TYPE_CHECKING:
+    from shoal.capacity import Resources
+    from shoal.cluster import ClusterInfo
     from shoal.config import ClusterConfig, Range
     from shoal.tracking import ResolvedModel
     from shoal.train.session import Precision  # loads torch, which a driver need not
 
+RULES = {
+    "workers": Rule(
+        is_worker_range, "at least 1 worker: a number, such as 2, or a range, such as '1..4', the least first"
+    ),
+    "steps": Rule(whole_number(1), "a whole number, 1 or more, such as 2000"),
+    "name": Rule(is_text, "a text, such as 'first-try'"),
+    "seed": Rule(whole_number(), "a whole number, such as 7"),
+    "precision": Rule(one_of("fp32", "bf16"), "'fp32' or 'bf16'"),
+    "checkpoint_every": Rule(
+        is_interval,
+        "from 1 ms to 100 years: seconds, such as 30, or a text with a unit, such as '30s'",
+    ),
+    "keep": Rule(whole_number(1), "a whole number, 1 or more, such as 3"),
+    "exact": Rule(lambda value: isinstance(value, bool), "True or False"),
+    "shards": Rule(whole_number(1), "a whole number, 1 or more, such as 8; it goes with exact"),
+    "init_from": Rule(is_text, "a version of a model as text, such as 'digits@1'"),
+}
 
-def workers_of(config: ClusterConfig, workers: int | str | Range | None) -> Range:
-    """How many workers are meant; None is the file's ``train.workers``.
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How a run is to be trained.
 
     Raises:
-        RequestError: not a number or a range such as ``1..4``, or a range that allows none.
+        RequestError: values that cannot be; says of each what would.
     """
-    from shoal.config import Range
 
-    if workers is None:
-        return config.train.workers
-    parsed = workers if isinstance(workers, Range) else Range.parse(workers)
-    if parsed.min < 1:
-        raise RequestError(
-            f"workers={workers!r}: a run needs at least 1 worker, such as 1..{max(parsed.max, 1)}"
-        )
-    return parsed
+    workers: int | str | Range | None = None
+    """How many: ``2``, or of a range ``"1..4"`` as many as are free. None: the file's."""
+    steps: int | None = None
+    """Where the run ends. None: the recipe's ``steps``."""
+    name: str | None = None
+    """None: ``<recipe>-<8 hex of the identity>``, so the same command finds the same run."""
+    seed: int = 0
+    """Of weights, data order and dropout."""
+    precision: Precision = "fp32"
+    """Of the forward pass."""
+    checkpoint_every: float | str | None = None
+    """The most work a crash can cost, in seconds or as ``"30s"``. None: the file's."""
+    keep: int | None = None
+    """Newest checkpoints to keep besides the best. None: the file's."""
+    exact: bool | None = None
+    """Whether the weights are to be the same bits on any number of workers. None: the file's."""
+    shards: int | None = None
+    """Of an exact run, into how many shards every batch is divided, which is the most workers it can have.
+    None: the file's."""
+    init_from: str | None = None
+    """A model version whose weights a fresh run starts from, such as ``"digits@1"``."""
+
+    def __post_init__(self) -> None:
+        check(self, RULES)
+
+    def worker_range(self, config: ClusterConfig) -> Range:
+        """How many workers are meant.
+
+        Raises:
+            RequestError: more than an exact run has shards.
+        """
+        from shoal.config import Range
+
+        asked = config.train.workers if self.workers is None else Range.parse(self.workers)
+        shards = self.num_shards(config)
+        if shards is None or asked.max <= shards:
+            return asked
+        if asked.min > shards:
+            raise RequestError(
+                f"workers={asked}: an exact run of {shards} shards takes 1 to {shards} workers; "
+                f"ask for fewer, or start another run with shards={asked.min} or more"
+            )
+        return Range(asked.min, shards)
+
+    def num_shards(self, config: ClusterConfig) -> int | None:
+        """How many shards an exact run has; None of a fast one.
+
+        Raises:
+            RequestError: shards of a run that is not to be exact.
+        """
+        if config.train.exact if self.exact is None else self.exact:
+            return config.train.shards if self.shards is None else self.shards
+        if self.shards is not None:
+            raise RequestError(
+                f"shards={self.shards}: only an exact run has shards; add exact=True (--exact)"
+            )
+        return None
 
 
 def plan_run(
     recipe: Recipe,
+    options: RunOptions,
     config: ClusterConfig,
     storage: Storage,
     *,
     project: Path,
-    steps: int | None,
-    name: str | None,
-    seed: int,
-    precision: Precision,
-    checkpoint_every: float | str | None,
-    keep: int | None,
-    init_from: ResolvedModel | None,
+    init_from: ResolvedModel | None = None,
 ) -> RunSpec:
     """A run with every default filled in from the file and the recipe; needs no cluster.
 
-    Raises:
-        RequestError: a value that cannot be.
-    """
-    from shoal.config import Duration
+    ``init_from`` is what ``options.init_from`` names, which takes a registry to find.
 
-    target_steps = recipe.steps if steps is None else steps
-    if target_steps < 1:
-        raise RequestError(f"steps={target_steps}: a run has at least 1 step")
-    if keep is not None and keep < 1:
-        raise RequestError(f"keep={keep}: keep at least 1 checkpoint")
-    if precision not in ("fp32", "bf16"):
-        raise RequestError(f"precision={precision!r}: choose fp32 or bf16")
-    every_s = config.train.checkpoint_every
-    if checkpoint_every is not None:
-        is_number = isinstance(checkpoint_every, int | float)
-        every_s = Duration(float(checkpoint_every)) if is_number else Duration.parse(checkpoint_every)
-    init_name = str(init_from) if init_from is not None else None
-    identity = identity_of(recipe, seed=seed, precision=precision, shards=None, init_from=init_name)
+    Raises:
+        RequestError: the recipe's own ``steps`` cannot be; an exact run whose batch has fewer samples than shards.
+    """
+    steps = recipe.steps if options.steps is None else options.steps
+    if not RULES["steps"].fits(steps):
+        raise RequestError(f"{type(recipe).__name__}.steps={steps!r}: {RULES['steps'].valid}")
+    every = options.checkpoint_every
+    init_name = None if init_from is None else str(init_from)
+    shards = options.num_shards(config)
+    if shards is not None and recipe.batch_size < shards:
+        raise RequestError(
+            f"exact: a batch of {recipe.batch_size} samples cannot be divided into {shards} shards; "
+            f"set shards={recipe.batch_size} or less, or raise batch_size"
+        )
+    identity = identity_of(
+        recipe, seed=options.seed, precision=options.precision, shards=shards, init_from=init_name
+    )
     return RunSpec(
         recipe=recipe,
-        name=name or run_name_of(identity),
+        name=run_name_of(identity) if options.name is None else options.name,
         storage=storage,
-        target_steps=target_steps,
-        seed=seed,
-        precision=precision,
-        checkpoint_every_s=float(every_s),
-        keep=config.train.keep if keep is None else keep,
-        init_from=init_from.path if init_from is not None else None,
+        target_steps=steps,
+        seed=options.seed,
+        precision=options.precision,
+        shards=shards,
+        checkpoint_every_s=float(config.train.checkpoint_every if every is None else duration(every)),
+        keep=config.train.keep if options.keep is None else options.keep,
+        init_from=None if init_from is None else init_from.path,
         init_from_name=init_name,
         revision=code_revision(project),
         threads=1,
     )
+
+
+def worker_resources(config: ClusterConfig, info: ClusterInfo) -> Resources:
+    """What one worker holds: a CPU, and a GPU where the run's pool and the cluster have them."""
+    pool = config.pools.get(config.train.pool or "")
+    wants_gpu = pool is not None and pool.max_gpus > 0 and info.num_gpus > 0
+    return {"CPU": 1, "GPU": 1} if wants_gpu else {"CPU": 1}

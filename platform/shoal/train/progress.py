@@ -14,13 +14,15 @@ PLAIN_INTERVAL_S = 5.0
 
 
 class Reporter(Protocol):
-    """Somebody who shows how far the run is."""
+    """Somebody who shows how far a run or a sweep is."""
 
     def update(self) -> None: ...
     def say(self, text: str) -> None: ...
 
 
-class _Silent:
+class Silent:
+    """Nobody watches."""
+
     def update(self) -> None:
         """Show nothing."""
 
@@ -29,15 +31,26 @@ class _Silent:
 
 
 @contextmanager
-def reporter(record: RunRecord, *, enabled: bool) -> Iterator[Reporter]:
-    """A reporter that fits where this process's output goes; takes its bar away on exit."""
+def reporter(
+    record: RunRecord,
+    *,
+    enabled: bool,
+    last_line: Callable[[], str],
+    since: int = 0,
+    waits_for: Callable[[], str] | None = None,
+) -> Iterator[Reporter]:
+    """A reporter that fits where this process's output goes; a bar is gone on exit, and ``last_line`` stands there.
+
+    ``since`` is where the journal ended when the run was started: what an earlier attempt reached is not shown.
+    ``waits_for`` says what keeps the run from starting.
+    """
     if not enabled:
-        yield _Silent()
+        yield Silent()
         return
     from rich.console import Console
 
     console = Console()
-    feed = _Feed(record)
+    feed = _Feed(record, since, waits_for)
     if not (console.is_terminal or console.is_jupyter):
         plain = _Plain(feed, lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True))
         yield plain
@@ -48,21 +61,27 @@ def reporter(record: RunRecord, *, enabled: bool) -> Iterator[Reporter]:
     columns = (
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=24),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+        TextColumn("{task.fields[count]}"),
         TextColumn("{task.fields[detail]}"),
         TimeRemainingColumn(compact=True),
     )
-    with Progress(*columns, console=console, transient=False, refresh_per_second=8) as progress:
-        task = progress.add_task(record.name, total=1, detail="starting")
+    progress = Progress(*columns, console=console, transient=True, refresh_per_second=8)
+    task = progress.add_task(record.name, total=None, count="", detail=feed.detail())
+    try:
+        progress.start()  # in here: rich leaves the display on when Ctrl-C comes while it starts
         yield _Bar(feed, progress, task)
+    finally:
+        progress.stop()
+        console.print(last_line(), markup=False, highlight=False, soft_wrap=True)
 
 
 class _Feed:
     """New lines of the journal, folded into what a person wants to see."""
 
-    def __init__(self, record: RunRecord) -> None:
+    def __init__(self, record: RunRecord, since: int, waits_for: Callable[[], str] | None) -> None:
         self._record = record
-        self._offset = 0
+        self._offset = since
+        self._waits_for = waits_for
         self.step = 0
         self.target: int | None = None
         self.workers = 0
@@ -75,7 +94,9 @@ class _Feed:
         return [line for event in events if (line := self._fold(event))]
 
     def detail(self) -> str:
-        """Loss, speed and workers, in a few words."""
+        """Loss, speed and workers in a few words; before the start, what the run waits for."""
+        if self.target is None:
+            return f"starting: waiting for {self._waits_for()}" if self._waits_for else "starting"
         parts = []
         if "loss" in self.values:
             parts.append(f"loss {self.values['loss']:.4g}")
@@ -84,7 +105,7 @@ class _Feed:
             parts.append(f"{self.values['samples_per_s']:,.0f} samples/s")
         if self.workers:
             parts.append(f"{self.workers} worker{'s' if self.workers > 1 else ''}")
-        return "  ".join(parts) or "starting"
+        return "  ".join(parts)
 
     def _fold(self, event: dict[str, Any]) -> str:
         kind = event["kind"]
@@ -116,6 +137,8 @@ class _Plain:
     def update(self, *, force: bool = False) -> None:
         for line in self._feed.news():
             self.say(line)
+        if force and self._feed.target is None:
+            return  # it ended before it started: there is no progress to speak of
         if (force or time.monotonic() - self._last >= PLAIN_INTERVAL_S) and self._feed.step != self._shown:
             self._last, self._shown = time.monotonic(), self._feed.step
             if self._feed.target is None:
@@ -131,8 +154,10 @@ class _Bar:
     def update(self) -> None:
         for line in self._feed.news():
             self.say(line)
+        step, target = self._feed.step, self._feed.target
+        count = "" if target is None else f"{step:,}/{target:,}"
         self._progress.update(
-            self._task, completed=self._feed.step, total=self._feed.target or 1, detail=self._feed.detail()
+            self._task, completed=step, total=target, count=count, detail=self._feed.detail()
         )
 
     def say(self, text: str) -> None:

@@ -14,12 +14,13 @@ from shoal.models import ModelPackage, load_tensors
 from shoal.recipe import Datasets, recipe_ref
 from shoal.storage import create_json, read_json
 from shoal.tracking import RunRecord
-from shoal.train.checkpoints import Loaded, find_checkpoint, measured_at, read_checkpoint, step_of
+from shoal.train.checkpoints import Loaded, find_checkpoint, measured_at, read_checkpoint
 from shoal.train.fingerprint import fingerprint
 from shoal.train.group import Group
 from shoal.train.inherit import under_new_fields
 from shoal.train.session import Session
 from shoal.train.spec import RunSpec
+from shoal.train.stamp import step_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class Beginning:
 
 
 def restore(session: Session, spec: RunSpec, record: RunRecord) -> Beginning:
-    """Go on from the newest checkpoint that verifies, on every rank; without one, from what ``spec`` names.
+    """Go on from the run's newest checkpoint that verifies, on every rank; without one, from what ``spec`` names.
 
     Raises:
         RecipeError: what is there does not fit the recipe, or the checkpoint it was to adopt is gone.
@@ -49,7 +50,7 @@ def restore(session: Session, spec: RunSpec, record: RunRecord) -> Beginning:
         def rejected(path: Path, reason: str) -> None:
             record.append("rejected", path=str(path.relative_to(record.dir)), reason=reason)
 
-        path = find_checkpoint(record.checkpoints_dir, rejected)
+        path = find_checkpoint(record.checkpoints_dir, record.identity(), rejected)
         if path is not None and not (spec.source is not None and spec.source.step == step_of(path)):
             _record_if_missing(record, path)
         best = _best_recorded(spec, record)

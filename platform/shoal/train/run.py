@@ -7,9 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from shoal.errors import DeadlineExceeded, EnvironmentFailure, NotFoundError, ShoalError, from_name
+from shoal.errors import (
+    DeadlineExceeded,
+    EnvironmentFailure,
+    NotFoundError,
+    ShoalError,
+    did_you_mean,
+    from_name,
+)
 from shoal.recipe import Objective
-from shoal.tracking import Event, RunRecord, RunState
+from shoal.storage import Storage
+from shoal.tracking import Event, RunRecord, RunState, list_runs
 from shoal.train.output import log_path
 from shoal.train.progress import Reporter, reporter
 
@@ -27,6 +35,10 @@ class Driver(Protocol):
     def is_alive(self) -> bool: ...
     def failure(self) -> BaseException | None:
         """Why the driver gave up, once it has."""
+        ...
+
+    def waits_for(self) -> str:
+        """What keeps the run from starting, as in ``room for 2 workers``; for a display."""
         ...
 
     def begin(self) -> int:
@@ -131,7 +143,14 @@ class Run:
             EnvironmentFailure: the machines failed more often than the run retries.
             DeadlineExceeded: ``timeout_s`` seconds passed; the run goes on.
         """
-        with reporter(self._record, enabled=progress) as report:
+        driver = self._driver
+        with reporter(
+            self._record,
+            enabled=progress,
+            last_line=lambda: outcome_text(self),
+            since=driver.begin() if driver is not None else 0,
+            waits_for=driver.waits_for if driver is not None else None,
+        ) as report:
             try:
                 self._wait(report, timeout_s)
             except KeyboardInterrupt:
@@ -209,6 +228,8 @@ class Run:
         for split in ("val", "test"):
             for name, value in (self._record.last_eval(split) or {}).items():
                 yield f"{split} {name}", f"{value:.4g}"
+        if best := best_text(self._record):
+            yield "best", best
 
 
 def objective_of(record: RunRecord) -> Objective | None:
@@ -217,3 +238,52 @@ def objective_of(record: RunRecord) -> Objective | None:
     if identity is None or "objective" not in identity:
         return None
     return Objective(**identity["objective"])
+
+
+def outcome_text(run: Run) -> str:
+    """One line on how far the run came, its best value, and what goes on with it if it is not finished."""
+    record, state = run.record, run.state
+    target = record.target_steps
+    how = "not started" if state is RunState.NEW else str(state)
+    parts = [f"run {run.name}: {how} at step {run.step:,}{f' of {target:,}' if target else ''}"]
+    if best := best_text(record):
+        parts.append(f"best {best}")
+    if run.is_active:
+        parts.append("it goes on")
+    elif state not in (RunState.FINISHED, RunState.FAILED):
+        parts.append(where_it_goes_on(record))
+    return "; ".join(parts)
+
+
+def best_text(record: RunRecord) -> str:
+    """The best value of the objective on validation data and its step: ``val accuracy 0.9767 at step 1,200``.
+
+    Empty before it was measured.
+    """
+    objective = objective_of(record)
+    best = record.best(objective.metric, objective.mode) if objective is not None else None
+    if objective is None or best is None:
+        return ""
+    return f"val {objective.metric} {best['values'][objective.metric]:.4g} at step {best['step']:,}"
+
+
+def where_it_goes_on(record: RunRecord) -> str:
+    """What the same command does with a run that is not finished."""
+    commits = record.events(("checkpoint",))
+    if not commits:
+        return "nothing was committed yet; the same command starts it"
+    return f"the same command goes on from step {commits[-1]['step']:,}, which is committed"
+
+
+def find_run(storage: Storage, name: str) -> Run:
+    """A handle on an existing run, with or without a cluster.
+
+    Raises:
+        NotFoundError: there is none of this name; lists those that exist.
+    """
+    record = RunRecord(storage, name)
+    if record.identity() is None:
+        known = [other.name for other in list_runs(storage)]
+        there = ", ".join(known[:8]) or "none yet"
+        raise NotFoundError(f"there is no run {name!r}; there are: {there}{did_you_mean(name, known)}")
+    return Run(record)

@@ -94,11 +94,6 @@ class Session:
                 f"batch_size={recipe.batch_size} cannot be divided among {group.size} workers; "
                 f"raise batch_size or ask for at most {recipe.batch_size} workers"
             )
-        if shards is not None and recipe.batch_size < shards:
-            raise RecipeError(
-                f"exact: batch_size={recipe.batch_size} cannot be divided into {shards} shards; "
-                f"raise batch_size or set shards to at most {recipe.batch_size}"
-            )
         self._seed = seed
         self._order = DataOrder(num_train, recipe.batch_size, derive_seed(seed, "order"))
         seed_everything(derive_seed(seed, "init"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,7 +90,11 @@ def run_name_of(identity: dict[str, Any]) -> str:
 
     So the same command finds the same run again, and another ``lr`` is another run.
     """
-    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
-    digest = hashlib.sha256(canonical.encode()).hexdigest()[:8]
     class_name = str(identity["recipe"]).rpartition(":")[2].lower()
-    return f"{re.sub(r'[^a-z0-9]', '', class_name)[:60] or 'run'}-{digest}"
+    return f"{re.sub(r'[^a-z0-9]', '', class_name)[:60] or 'run'}-{digest_of(identity)[:8]}"
+
+
+def digest_of(identity: Mapping[str, Any] | None) -> str:
+    """64 hex digits that tell one identity from another; None, a run that has none, has a digest too."""
+    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()

@@ -95,9 +95,9 @@ class Workers:
         self._num_failures = 0
 
     @property
-    def is_aborted(self) -> bool:
-        """Whether `abort` was called."""
-        return self._stop.is_set()
+    def has_room(self) -> bool:
+        """Whether room was granted and the workers start, or run."""
+        return self._controller is not None
 
     def run(self) -> None:
         """Run until ``fn`` returned on every worker; returns early, without an error, after `abort`.

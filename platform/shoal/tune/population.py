@@ -8,11 +8,14 @@ scheduler decides (`shoal.tune.ray_population`).
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 from collections.abc import Mapping
 from typing import Any
 
 from shoal.tune.space import Choice, Domain, Integers, Space
+
+logger = logging.getLogger(__name__)
 
 MIN_POPULATION = 4
 """Of fewer trials a quarter, the part that is replaced, is none."""
@@ -34,6 +37,7 @@ def check_population(
 ) -> list[str]:
     """Everything that makes population-based training impossible as asked; empty when it is possible.
 
+    Logs a warning where it is possible and `too_few_comparisons`.
     ``side_by_side`` is how many trials may run at a time: all that were asked for, and that fit.
     """
     problems = []
@@ -57,7 +61,35 @@ def check_population(
             f"perturb_every={perturb_every}: from 1 to below the {steps} steps of a trial; "
             f"left out it is {default_interval(steps, eval_every)}"
         )
+    if not problems:
+        interval = perturb_every or default_interval(steps, eval_every)
+        if warning := too_few_comparisons(steps=steps, eval_every=eval_every, interval=interval):
+            logger.warning("%s", warning)
     return problems
+
+
+def too_few_comparisons(*, steps: int, eval_every: int, interval: int) -> str:
+    """Why such trials may replace nobody, and what to choose instead; empty when they are compared often enough.
+
+    A trial is compared at the first evaluation ``interval`` steps or more after the last comparison, never at its
+    last step; and with those only that were compared before it. So at a first comparison the worst trial stays
+    if it is the first that comes there; at a second one every trial has a result.
+    """
+    spacing = -(-interval // eval_every) * eval_every
+    num_comparisons = (steps - 1) // spacing
+    if num_comparisons >= 2:
+        return ""
+    most = (steps - 1) // 2
+    choices = [f"steps above {2 * spacing}"]
+    if most >= eval_every:
+        choices.insert(0, f"perturb_every of at most {most // eval_every * eval_every}")
+    elif most:
+        choices.insert(0, f"eval_every of at most {most}")
+    return (
+        f"perturb_every={interval} with steps={steps} and eval_every={eval_every}: a trial is compared "
+        f"{'once' if num_comparisons else 'never'} before its last step, so that maybe none is replaced; "
+        f"choose {', or '.join(choices)}"
+    )
 
 
 def perturb(fields: Mapping[str, Any], space: Space, *, seed: str) -> dict[str, Any]:

@@ -6,19 +6,21 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from shoal.errors import NotFoundError, RequestError
+from shoal.errors import CorruptError, NotFoundError, RequestError, did_you_mean
 from shoal.recipe import Objective
-from shoal.storage import FileLock, StopMark, Storage, append_line, claim, read_json, read_lines
-from shoal.tracking import RunRecord, RunState, check_run_name
+from shoal.storage import FileLock, StopMark, Storage, append_line, claim, read_lines
+from shoal.tracking import RunRecord, RunState, check_run_name, read_identity
 from shoal.train.spec import Source
 
 _IDENTITY = "sweep.json"
+_PARTS = {"objective", "space"}
+"""Of ``sweep.json``, without which a sweep cannot be shown."""
 MAX_TRIALS = 999
 """A trial's number has three digits in its run's name."""
 
@@ -84,9 +86,23 @@ class Trial:
             plain = json.loads(line)
             number = int(plain.pop("trial"))
             source = Source(**plain.pop("source")) if "source" in plain else None
-            return cls(number=number, state=TrialState(plain.pop("state")), source=source, **plain)
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+            trial = cls(number=number, state=TrialState(plain.pop("state")), source=source, **plain)
+            return trial if trial._is_well_formed() else None
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, RequestError):
             return None
+
+    def _is_well_formed(self) -> bool:
+        """Whether every part has its type, which a damaged line need not. Raises RequestError for a run's name."""
+        check_run_name(self.run)
+        numbers = [*self.values.values(), *([] if self.value is None else [self.value])]
+        return (
+            1 <= self.number <= MAX_TRIALS
+            and isinstance(self.fields, dict)
+            and all(isinstance(number, int | float) for number in numbers)
+            and isinstance(self.step, int)
+            and isinstance(self.error, str)
+            and isinstance(self.replaced_by, str)
+        )
 
 
 class SweepRecord:
@@ -125,6 +141,8 @@ class SweepRecord:
             IdentityError: the name belongs to another search; the message shows every difference.
             CorruptError, StorageError: what is recorded cannot be read, or it cannot be written.
         """
+        if self._identity_path.exists():
+            self.identity()  # says what is damaged, where a comparison would only say what differs
         return claim(
             self._identity_path,
             identity,
@@ -140,9 +158,16 @@ class SweepRecord:
             CorruptError: the file is damaged.
         """
         if not self._identity_path.exists():
-            there = sorted(path.parent.name for path in self.storage.sweeps_dir.glob(f"*/{_IDENTITY}"))
-            raise NotFoundError(f"no sweep {self.name!r}; there are: {', '.join(there) or 'none'}")
-        identity: dict[str, Any] = read_json(self._identity_path)
+            there = sweep_names(self.storage)
+            raise NotFoundError(
+                f"no sweep {self.name!r}; there are: {', '.join(there) or 'none'}{did_you_mean(self.name, there)}"
+            )
+        identity = read_identity(self._identity_path)
+        if missing := _PARTS - identity.keys():
+            raise CorruptError(
+                f"{self._identity_path} is damaged: it has no {', '.join(sorted(missing))}. Restore it from a copy, "
+                f"or move {self.dir} away and search under another name"
+            )
         return identity
 
     def mark_stop(self) -> None:
@@ -170,6 +195,33 @@ class SweepRecord:
         found = [trial for line in read_lines(self.trials_path) if (trial := Trial.from_line(line))]
         latest = {trial.number: trial for trial in found}
         return [latest[number] for number in sorted(latest)]
+
+
+def sweep_names(storage: Storage) -> list[str]:
+    """The names of all sweeps on ``storage``."""
+    return sorted(path.parent.name for path in storage.sweeps_dir.glob(f"*/{_IDENTITY}"))
+
+
+def pruned_runs(storage: Storage) -> frozenset[str]:
+    """The runs of all trials that their sweeps' schedulers ended early. Reads every sweep's record."""
+    return frozenset(
+        trial.run
+        for name in sweep_names(storage)
+        for trial in SweepRecord(storage, name).trials()
+        if trial.state is TrialState.PRUNED
+    )
+
+
+def state_word(run: RunRecord, pruned: Container[str]) -> str:
+    """Where a run stands, in the word that a person reads: the run's state, but ``pruned`` as its sweep says.
+
+    The run itself only knows that it was stopped. One that somebody went on with to its end is ``finished``.
+    ``pruned`` is what `pruned_runs` found.
+    """
+    state = run.state()
+    if run.name in pruned and state in (RunState.STOPPED, RunState.INTERRUPTED):
+        return str(TrialState.PRUNED)
+    return str(state)
 
 
 def run_of(sweep: str, number: int) -> str:

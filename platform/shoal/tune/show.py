@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shoal.recipe import Objective
+from shoal.train.progress import Reporter, Silent
 from shoal.tune.record import Trial, TrialState
 
 if TYPE_CHECKING:
@@ -29,26 +30,11 @@ class Watched(Protocol):
     def objective(self) -> Objective: ...
 
 
-class Reporter(Protocol):
-    """Somebody who shows how a sweep goes."""
-
-    def update(self) -> None: ...
-    def say(self, text: str) -> None: ...
-
-
-class _Silent:
-    def update(self) -> None:
-        """Show nothing."""
-
-    def say(self, text: str) -> None:
-        """Show nothing."""
-
-
 @contextmanager
 def reporter(sweep: Watched, num_trials: int, *, enabled: bool) -> Iterator[Reporter]:
-    """A reporter that fits where this process's output goes."""
+    """A reporter that fits where this process's output goes; a table stays as the trials stand on exit."""
     if not enabled:
-        yield _Silent()
+        yield Silent()
         return
     from rich.console import Console
 
@@ -63,8 +49,18 @@ def reporter(sweep: Watched, num_trials: int, *, enabled: bool) -> Iterator[Repo
     def table() -> Table:
         return trials_table(sweep.name, sweep.trials, sweep.objective, num_trials=num_trials)
 
-    with Live(table(), console=console, refresh_per_second=4) as live:
-        yield _Table(live, table)
+    live = Live(table(), console=console, refresh_per_second=4)
+    shown = _Table(live, table)
+    try:
+        try:
+            live.start()  # in here: rich leaves the display on when Ctrl-C comes while it starts
+            yield shown
+        finally:
+            shown.update()
+            live.stop()
+    except KeyboardInterrupt:
+        console.print(stopped_text(sweep, num_trials), markup=False, highlight=False, soft_wrap=True)
+        raise
 
 
 class _Table:
@@ -98,6 +94,18 @@ class Plain:
                 f"trial {trial.number}/{total} {trial.state}  {fields_text(trial)}"
                 f"{measured}{f'  step {trial.step:,}' if trial.step else ''}{error}"
             )
+
+
+def stopped_text(sweep: Watched, num_trials: int) -> str:
+    """One line on a sweep that Ctrl-C stopped: how many trials are done, and what goes on with it."""
+    trials = sweep.trials
+    done = sum(trial.state.is_final for trial in trials)
+    running = sum(trial.state is TrialState.RUNNING for trial in trials)
+    left = f", {running} left while stopping" if running else ""
+    return (
+        f"sweep {sweep.name}: stopped with {done} of {max(num_trials, len(trials))} trials done{left}; "
+        "the same command goes on with it"
+    )
 
 
 def trials_table(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.errors import RecipeError, RequestError
+from shoal.errors import RecipeError, RequestError, did_you_mean
 from shoal.recipe import Recipe, field_values, replace
 
 _GOLDEN = 0.381966
@@ -134,9 +133,8 @@ def check_space(recipe: Recipe, space: Space) -> dict[str, Domain]:
     known = field_values(recipe)
     for name, domain in space.items():
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            problems.append(f"{name}: no such field; {hint}{type(recipe).__name__} has: {', '.join(known)}")
+            hint = did_you_mean(name, known) or ";"
+            problems.append(f"{name}: no such field{hint} {type(recipe).__name__} has: {', '.join(known)}")
             continue
         found = _check_domain(recipe, name, domain)
         if isinstance(found, str):

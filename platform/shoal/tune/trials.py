@@ -217,12 +217,13 @@ class Trials:
         ]
 
     def _near(self, fields: Mapping[str, Any], number: int) -> Mapping[str, Any]:
+        """``fields`` changed a little; as they are, where nothing near them is taken by the recipe."""
         for redraw in range(_MAX_REDRAWS):
             seed = f"{self._plan.template.seed}/{number}/{redraw}"
             near = perturb(fields, self._search.space, seed=seed)
             try:
                 self._plan.spec(number, near)
-            except RecipeError:  # fields that do not go together
+            except RecipeError:  # the recipe's own checks refuse these together: draw others
                 continue
             return near
         return fields
