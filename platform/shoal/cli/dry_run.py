@@ -121,14 +121,12 @@ def _ends(workers: Range) -> list[int]:
 def _checkpoint_bytes(session: Session) -> int:
     """What a one-worker checkpoint holds: model, optimizer with its state after a step, random states."""
     from shoal.train.checkpoints import take_snapshot
-    from shoal.train.seeds import capture_random_state
 
     snap = take_snapshot(
         step=session.steps_done,
         model=session.model,
         optimizer=session.optimizer,
         scheduler=session.scheduler,
-        random_states=[capture_random_state()],
         facts={},
         run="",
         values={},

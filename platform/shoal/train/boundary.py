@@ -120,7 +120,6 @@ class RunBoundary:
             return
         self._saved_step = session.steps_done
         self._wait_written()
-        random_states = session.random_states()
         if self._writer is not None:
             self._writer.submit(
                 take_snapshot(
@@ -128,7 +127,6 @@ class RunBoundary:
                     model=session.model,
                     optimizer=session.optimizer,
                     scheduler=session.scheduler,
-                    random_states=random_states,
                     facts=facts(self._spec, self._group),
                     run=self._run,
                     values=values,

@@ -44,7 +44,7 @@ class Snapshot:
     step: int
     model: dict[str, torch.Tensor]
     rest: Flat
-    """Optimizer, scheduler and every rank's random state."""
+    """Optimizer and scheduler."""
     facts: dict[str, Any]
     """What the checkpoint was made with: workers, device, threads, precision, versions."""
     run: str
@@ -59,7 +59,6 @@ def take_snapshot(
     model: torch.nn.Module,
     optimizer: Any,
     scheduler: Any,
-    random_states: list[dict[str, Any]],
     facts: dict[str, Any],
     run: str,
     values: dict[str, float],
@@ -81,7 +80,6 @@ def take_snapshot(
         {
             "optimizer": optimizer.state_dict(),
             "scheduler": scheduler.state_dict() if scheduler is not None else None,
-            "random": random_states,
         },
         what="the optimizer or scheduler",
     )
@@ -114,7 +112,6 @@ class Loaded:
     model: dict[str, torch.Tensor]
     optimizer: Any
     scheduler: Any
-    random_states: list[dict[str, Any]]
     facts: dict[str, Any]
 
 
@@ -134,7 +131,6 @@ def read_checkpoint(directory: Path) -> Loaded:
             model,
             rest["optimizer"],
             rest["scheduler"],
-            rest["random"],
             state["facts"],
         )
     except (KeyError, TypeError, OSError) as err:

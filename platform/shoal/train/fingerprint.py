@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from shoal.recipe import Datasets
+from shoal.train.seeds import seed_everything
 
 NUM_PROBES = 64
 """Samples looked at in each split, evenly spaced. Other samples may change unnoticed; reading all of a
@@ -18,22 +19,16 @@ large data set at every start would cost more than it tells."""
 def fingerprint(data: Datasets) -> str:
     """Sixteen hex digits over each split's length and `NUM_PROBES` of its samples.
 
-    Samples that are augmented at random are taken with fixed seeds, and the generators are put back.
+    Samples that are augmented at random are taken with fixed seeds: the global generators are others afterwards.
     """
-    from shoal.train.seeds import capture_random_state, restore_random_state, seed_everything
-
     digest = hashlib.sha256()
-    before = capture_random_state()
-    try:
-        for split in ("train", "val", "test"):
-            dataset = getattr(data, split)
-            length = len(dataset) if dataset is not None else 0
-            digest.update(f"{split}:{length}".encode())
-            for index in sorted({length * i // NUM_PROBES for i in range(NUM_PROBES)} if length else ()):
-                seed_everything(index)
-                _feed(digest, dataset[index])
-    finally:
-        restore_random_state(before)
+    for split in ("train", "val", "test"):
+        dataset = getattr(data, split)
+        length = len(dataset) if dataset is not None else 0
+        digest.update(f"{split}:{length}".encode())
+        for index in sorted({length * i // NUM_PROBES for i in range(NUM_PROBES)} if length else ()):
+            seed_everything(index)
+            _feed(digest, dataset[index])
     return digest.hexdigest()[:16]
 
 

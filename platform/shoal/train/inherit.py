@@ -3,7 +3,7 @@
 Loading an optimizer's state brings back its old learning rate and every other hyperparameter with it, and so
 does a scheduler's. So what both would be at step 0 is built twice, from the source run's fields and from the
 new ones: where the two agree, the checkpoint's value stands; where they differ, a field changed it, and the
-new one wins. Weights, moments, the schedule's position and random states are inherited whole.
+new one wins. Weights, moments and the schedule's position are inherited whole.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def training_loader(
     if data.loader_workers > 0:
         dataset: Dataset[Any] = _Positioned(data.train, sample_seed)
         batches: Iterable[list[Any]] = _ShardBatches(order, steps, shards, num_shards)
-    else:  # random augmentation draws from this process's generators, which a resumed run gets back
+    else:  # random augmentation draws from this process's generators, seeded by step and shard
         dataset, batches = data.train, _IdBatches(order, steps, shards, num_shards)
     return DataLoader(
         dataset,

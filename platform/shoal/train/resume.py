@@ -157,7 +157,6 @@ def _load(session: Session, loaded: Loaded, spec: RunSpec, record: RunRecord) ->
             )
         ) from err
     session.steps_done = loaded.step
-    session.restore_random_states(loaded.random_states)
     if group.is_first:
         here = facts(spec, group)
         for name, was in loaded.facts.items():

@@ -23,15 +23,13 @@ class Scheme:
     parts: tuple[Part, ...]
     exchange: Exchange
     buffers: Buffers
-    is_exact: bool
-    """Whether random numbers belong to the shard, too, instead of to the worker."""
 
 
 def fast(model: nn.Module, group: Group) -> Scheme:
     """One shard per worker, summed by the library: the same bits on the same number of workers."""
     whole = Part(joins=False, saves=False, num_additions=0)
     mine = range(group.rank, group.rank + 1)
-    return Scheme(mine, group.size, (whole,), AllReduce(group), FirstRanks(model, group), is_exact=False)
+    return Scheme(mine, group.size, (whole,), AllReduce(group), FirstRanks(model, group))
 
 
 def exact(model: nn.Module, group: Group, num_shards: int) -> Scheme:
@@ -52,4 +50,4 @@ def exact(model: nn.Module, group: Group, num_shards: int) -> Scheme:
         raise RecipeError("exact: the model is compiled with torch.compile; take one of the two away")
     mine = shards_of(group.rank, group.size, num_shards)
     parts = parts_of(mine, num_shards)
-    return Scheme(mine, num_shards, parts, TreeSum(group, num_shards), Merged(model), is_exact=True)
+    return Scheme(mine, num_shards, parts, TreeSum(group, num_shards), Merged(model))

@@ -24,7 +24,7 @@ from shoal.train.loader import batch_length, evaluation_loader, to_device, train
 from shoal.train.order import DataOrder
 from shoal.train.reduce import GradientBuckets
 from shoal.train.scheme import exact, fast
-from shoal.train.seeds import capture_random_state, derive_seed, restore_random_state, seed_everything
+from shoal.train.seeds import derive_seed, seed_everything
 
 Precision = Literal["fp32", "bf16"]
 
@@ -102,7 +102,7 @@ class Session:
         self.scheduler = recipe.build_scheduler(self.optimizer)
         self._scheme = fast(self.model, group) if shards is None else exact(self.model, group, shards)
         self._share_initial_weights()
-        self.seed_for_workers(0)
+        self._seed_for("begin")
         self._gradients = GradientBuckets(
             self.model.parameters(),
             self._scheme.parts,
@@ -128,8 +128,7 @@ class Session:
         loaded = iter(self._loader())
         for step in range(self.steps_done, self.target_steps):
             for self._part, shard in enumerate(scheme.mine):
-                if scheme.is_exact:  # before the batch is loaded: augmentation may draw, too
-                    seed_everything(derive_seed(self._seed, "shard", step, shard))
+                self._seed_for("shard", step, shard)  # before it is loaded: augmentation may draw, too
                 batch = next(loaded)
                 self._move("step", to="batch")
                 self.model.train()
@@ -200,8 +199,7 @@ class Session:
                 "Lower the learning rate, clip with session.step(max_grad_norm=...), or look at the data"
             )
         self._scheme.buffers.land(self._gradients.rider)
-        if self._scheme.is_exact:  # what the optimizer, or whoever comes next, draws is no shard's
-            seed_everything(derive_seed(self._seed, "step", self.steps_done))
+        self._seed_for("step", self.steps_done)  # what the optimizer draws must be the same on every worker
         if max_grad_norm is not None:
             self.log(grad_norm=nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm))
         self.optimizer.step()
@@ -257,7 +255,6 @@ class Session:
     def evaluate(self, dataset: Dataset[Any]) -> dict[str, float]:
         """Mean loss and recipe metrics over a dataset, each worker measuring its share. Blocks; same on all."""
         was_training = self.model.training
-        random_state = capture_random_state()  # a random loss or metric must not draw from the training's
         self._scheme.buffers.share()  # what is measured is what a checkpoint would hold
         self.model.eval()
         try:
@@ -265,13 +262,12 @@ class Session:
                 measured = [self._measure(dataset, shard) for shard in self._scheme.mine]
         finally:
             self.model.train(was_training)
-            restore_random_state(random_state)
+            self._seed_for("evaluated", self.steps_done)  # workers drew as their shares are
         return _merge_means([part for parts in self.group.gather(measured) for part in parts])
 
     def _measure(self, dataset: Dataset[Any], shard: int) -> tuple[dict[str, float], int]:
         """Sums of loss and metrics over a shard's samples, and their number."""
-        if self._scheme.is_exact:
-            seed_everything(derive_seed(self._seed, "evaluation", self.steps_done, shard))
+        self._seed_for("evaluation", self.steps_done, shard)
         num_samples, num_shards = len(dataset), self._scheme.num_shards  # type: ignore[arg-type]
         share = range(num_samples * shard // num_shards, num_samples * (shard + 1) // num_shards)
         sums: dict[str, float] = {}
@@ -284,27 +280,12 @@ class Session:
                 sums[name] = sums.get(name, 0.0) + float(value) * weight
         return sums, len(share)
 
-    def random_states(self) -> list[dict[str, Any]]:
-        """What a checkpoint must hold of every worker's random numbers. Blocks.
-
-        Nothing in an exact run: there they are a function of (seed, step, shard).
-        """
-        return [] if self._scheme.is_exact else self.group.gather(capture_random_state())
-
-    def restore_random_states(self, states: list[dict[str, Any]]) -> None:
-        """Put back what `random_states` gave; on another number of workers each gets new ones."""
-        if len(states) == self.group.size:
-            restore_random_state(states[self.group.rank])
-        else:
-            self.seed_for_workers(self.steps_done)
-
-    def seed_for_workers(self, step: int) -> None:
-        """Give every worker random numbers of its own from this step on."""
-        seed_everything(derive_seed(self._seed, "worker", self.group.rank, step))
-
     def close(self) -> None:
         """Take the hooks off the model."""
         self._gradients.close()
+
+    def _seed_for(self, *what: int | str) -> None:
+        seed_everything(derive_seed(self._seed, *what))
 
     def _loader(self) -> DataLoader[Any]:
         return training_loader(
