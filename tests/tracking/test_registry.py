@@ -95,10 +95,10 @@ class TestOnMlflow:
         with pytest.raises(NotFoundError, match=r"models: none"):
             registry.resolve("digits")
         registry.register("digits", write, alias="champion")
-        with pytest.raises(NotFoundError, match=r"no model 'digit', did you mean 'digits'"):
+        with pytest.raises(NotFoundError, match=r"no model 'digit'; did you mean digits"):
             registry.resolve("digit")
         with pytest.raises(
-            NotFoundError, match=r"'champoin', did you mean 'champion'.*versions 1; aliases champion"
+            NotFoundError, match=r"'champoin'; did you mean champion.*versions 1; aliases champion"
         ):
             registry.resolve("digits@champoin")
         with pytest.raises(NotFoundError, match=r"no version '7'"):

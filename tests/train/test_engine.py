@@ -518,7 +518,7 @@ def test_parameters_that_a_batch_does_not_use_get_a_zero_gradient() -> None:
     from shoal.train.scheme import fast
 
     model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
-    scheme = fast(model, Group.alone())
+    scheme = fast(Group.alone())
     buckets = GradientBuckets(
         model.parameters(), scheme.parts, scheme.exchange, device=torch.device("cpu"), riders={}
     )

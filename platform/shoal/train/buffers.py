@@ -3,105 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Protocol
 
 import torch
 from torch import nn
 
-from shoal.train.group import Group
 
+class Buffers:
+    """Every shard of a step starts from the step's buffers; the step ends with the mean of what they became.
 
-class Buffers(Protocol):
-    """How a step begins and ends for a model's buffers."""
-
-    @property
-    def riders(self) -> Mapping[torch.dtype, int]:
-        """How many numbers of each dtype are summed with the gradients."""
-        ...
-
-    def begin(self, index: int) -> None:
-        """Before the forward pass of this rank's ``index``-th part of a step."""
-        ...
-
-    def ride(self, rider: Mapping[torch.dtype, torch.Tensor], weight: float) -> None:
-        """After that forward pass: add what it changed to what is summed; ``weight`` is the part's share."""
-        ...
-
-    def land(self, rider: Mapping[torch.dtype, torch.Tensor]) -> None:
-        """After the step: ``rider`` holds the sums."""
-        ...
-
-    def share(self) -> None:
-        """Make every rank's buffers those that a checkpoint would hold."""
-        ...
-
-
-class FirstRanks:
-    """Every step starts from rank 0's buffers, as torch's DistributedDataParallel does it."""
-
-    riders: Mapping[torch.dtype, int] = {}
-
-    def __init__(self, model: nn.Module, group: Group) -> None:
-        self._group = group
-        self._by_dtype = _by_dtype(model.buffers()) if group.size > 1 else []
-
-    def begin(self, index: int) -> None:
-        self.share()
-
-    def ride(self, rider: Mapping[torch.dtype, torch.Tensor], weight: float) -> None:
-        pass
-
-    def land(self, rider: Mapping[torch.dtype, torch.Tensor]) -> None:
-        pass
-
-    def share(self) -> None:
-        for same_kind in self._by_dtype:
-            flat = torch.cat([buffer.reshape(-1) for buffer in same_kind])
-            self._group.broadcast(flat)
-            _spread(flat, same_kind)
-
-
-class Merged:
-    """Every shard starts from the step's buffers; the step ends with the mean of what the shards made of them.
-
-    The mean is weighted by samples and of the *changes*, summed in the tree's order: so a buffer that nobody
-    changes keeps its bits. Of buffers that are no floating-point numbers (BatchNorm counts its batches) the first
-    shard's are kept, which are everybody's: each starts from the same value and sees one batch.
+    (torch's DistributedDataParallel takes rank 0's instead; they must then be sent before every step, and are lost
+    with rank 0.) The mean is weighted by samples, and of the *changes*, which are summed with the gradients: so a
+    buffer that nobody changes keeps its bits. Of buffers that are no floating-point numbers (BatchNorm counts its
+    batches) this worker's last shard's are kept, which are everybody's: each starts from the same value and sees
+    one batch. With a single shard nothing is done.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._floats = _by_dtype(b for b in model.buffers() if b.is_floating_point())
-        self._others = [b for b in model.buffers() if not b.is_floating_point()]
-        self._floats_before = [torch.empty(0)] * len(self._floats)
-        self._others_before = [torch.empty(0)] * len(self._others)
-        self._others_after = self._others_before
+    def __init__(self, model: nn.Module, num_shards: int) -> None:
+        buffers = list(model.buffers()) if num_shards > 1 else []
+        self._floats = _by_dtype(b for b in buffers if b.is_floating_point())
+        self._others = [b for b in buffers if not b.is_floating_point()]
+        self._floats_before = [_flat(same) for same in self._floats]
+        self._others_before = [buffer.clone() for buffer in self._others]
         self.riders = {same[0].dtype: sum(b.numel() for b in same) for same in self._floats}
+        """How many numbers of each dtype are summed with the gradients."""
 
     def begin(self, index: int) -> None:
+        """Before the forward pass of this worker's ``index``-th part of a step."""
         if index == 0:
             self._floats_before = [_flat(same) for same in self._floats]
             self._others_before = [buffer.clone() for buffer in self._others]
         else:
-            self._restore_floats()
-            for buffer, before in zip(self._others, self._others_before, strict=True):
-                buffer.copy_(before)
+            self.rewind()
 
     def ride(self, rider: Mapping[torch.dtype, torch.Tensor], weight: float) -> None:
+        """After that forward pass: add what it changed to what is summed; ``weight`` is the part's share."""
         for same, before in zip(self._floats, self._floats_before, strict=True):
             after = _flat(same)
             change = torch.where(after == before, torch.zeros_like(after), (after - before) * weight)
             rider[before.dtype].add_(change)
 
     def land(self, rider: Mapping[torch.dtype, torch.Tensor]) -> None:
+        """After the step: ``rider`` holds the sums."""
         for same, before in zip(self._floats, self._floats_before, strict=True):
             _spread(before + rider[before.dtype], same)
 
-    def share(self) -> None:
-        pass
-
-    def _restore_floats(self) -> None:
+    def rewind(self) -> None:
+        """Put back what the buffers were at the step's beginning."""
         for same, before in zip(self._floats, self._floats_before, strict=True):
             _spread(before, same)
+        for buffer, before in zip(self._others, self._others_before, strict=True):
+            buffer.copy_(before)
 
 
 def _by_dtype(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from shoal.errors import RecipeError
-from shoal.train.buffers import Buffers, FirstRanks, Merged
 from shoal.train.exchange import AllReduce, Exchange, TreeSum
 from shoal.train.group import Group
 from shoal.train.tree import Part, parts_of, shards_of
@@ -22,14 +21,13 @@ class Scheme:
     num_shards: int
     parts: tuple[Part, ...]
     exchange: Exchange
-    buffers: Buffers
 
 
-def fast(model: nn.Module, group: Group) -> Scheme:
+def fast(group: Group) -> Scheme:
     """One shard per worker, summed by the library: the same bits on the same number of workers."""
     whole = Part(joins=False, saves=False, num_additions=0)
     mine = range(group.rank, group.rank + 1)
-    return Scheme(mine, group.size, (whole,), AllReduce(group), FirstRanks(model, group))
+    return Scheme(mine, group.size, (whole,), AllReduce(group))
 
 
 def exact(model: nn.Module, group: Group, num_shards: int) -> Scheme:
@@ -50,4 +48,4 @@ def exact(model: nn.Module, group: Group, num_shards: int) -> Scheme:
         raise RecipeError("exact: the model is compiled with torch.compile; take one of the two away")
     mine = shards_of(group.rank, group.size, num_shards)
     parts = parts_of(mine, num_shards)
-    return Scheme(mine, num_shards, parts, TreeSum(group, num_shards), Merged(model))
+    return Scheme(mine, num_shards, parts, TreeSum(group, num_shards))

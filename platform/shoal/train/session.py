@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from shoal.errors import RecipeError
 from shoal.recipe import Datasets, Recipe
+from shoal.train.buffers import Buffers
 from shoal.train.group import Group
 from shoal.train.loader import batch_length, evaluation_loader, to_device, training_loader
 from shoal.train.order import DataOrder
@@ -100,15 +101,16 @@ class Session:
         self.model: nn.Module = recipe.build_model().to(group.device)
         self.optimizer = recipe.build_optimizer(self.model)
         self.scheduler = recipe.build_scheduler(self.optimizer)
-        self._scheme = fast(self.model, group) if shards is None else exact(self.model, group, shards)
+        self._scheme = fast(group) if shards is None else exact(self.model, group, shards)
         self._share_initial_weights()
+        self._buffers = Buffers(self.model, self._scheme.num_shards)
         self._seed_for("begin")
         self._gradients = GradientBuckets(
             self.model.parameters(),
             self._scheme.parts,
             self._scheme.exchange,
             device=group.device,
-            riders=self._scheme.buffers.riders,
+            riders=self._buffers.riders,
         )
         self._phase = "step"
         self._part = 0
@@ -133,7 +135,8 @@ class Session:
                 self._move("step", to="batch")
                 self.model.train()
                 self._gradients.begin(self._part)
-                scheme.buffers.begin(self._part)
+                self._buffers.begin(self._part)
+                self._is_within_step = True
                 yield to_device(batch, self.group.device)
                 if self._ended:
                     return
@@ -173,7 +176,7 @@ class Session:
         self._gradients.set_control(
             loss, is_first and self._boundary.wants_checkpoint(), is_first and self._boundary.wants_stop()
         )
-        self._scheme.buffers.ride(self._gradients.rider, weight)
+        self._buffers.ride(self._gradients.rider, weight)
         loss.backward()  # type: ignore[no-untyped-call]
         self._gradients.end()
 
@@ -198,7 +201,7 @@ class Session:
                 f"step {self.steps_done}: the loss is {loss}; the weights are those before this step. "
                 "Lower the learning rate, clip with session.step(max_grad_norm=...), or look at the data"
             )
-        self._scheme.buffers.land(self._gradients.rider)
+        self._buffers.land(self._gradients.rider)
         self._seed_for("step", self.steps_done)  # what the optimizer draws must be the same on every worker
         if max_grad_norm is not None:
             self.log(grad_norm=nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm))
@@ -223,6 +226,7 @@ class Session:
     # -- the engine's side -----------------------------------------------------------------------------
 
     _ended = False
+    _is_within_step = False
 
     def _move(self, expected: str, *, to: str) -> None:
         """Every batch goes batch, backward, step; anything else would corrupt the sum of gradients."""
@@ -233,8 +237,18 @@ class Session:
             )
         self._phase = to
 
+    def rewind(self) -> None:
+        """Make the state that of the last step boundary again, when a lost peer ended the step under way.
+
+        Parameters change after the last thing that can fail; what a forward pass changed are buffers.
+        """
+        if self._is_within_step:
+            self._buffers.rewind()
+            self._is_within_step = False
+
     def step_done(self, loss: float) -> None:
         self.steps_done += 1
+        self._is_within_step = False
         self._progress.loss += loss
         self._progress.num_steps += 1
 
@@ -255,7 +269,6 @@ class Session:
     def evaluate(self, dataset: Dataset[Any]) -> dict[str, float]:
         """Mean loss and recipe metrics over a dataset, each worker measuring its share. Blocks; same on all."""
         was_training = self.model.training
-        self._scheme.buffers.share()  # what is measured is what a checkpoint would hold
         self.model.eval()
         try:
             with torch.no_grad(), self.autocast():
