@@ -137,9 +137,11 @@ class GradientBuckets:
 
     def set_control(self, loss: torch.Tensor, wants_checkpoint: bool, wants_stop: bool) -> None:
         """What this part adds to the control words; call it before the backward pass."""
-        self._control[0] += loss.detach()
-        self._control[1] += float(wants_checkpoint)
-        self._control[2] += float(wants_stop)
+        self._control[0].add_(loss.detach())
+        if wants_checkpoint:
+            self._control[1].add_(1.0)
+        if wants_stop:
+            self._control[2].add_(1.0)
 
     def end(self) -> None:
         """The part's backward pass is over: parameters that it did not use have the gradient zero."""
