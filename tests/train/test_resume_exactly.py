@@ -30,3 +30,17 @@ def test_a_killed_run_ends_with_the_same_bits(num_workers: int, tmp_path: Path) 
     assert 0 < starts[1]["step"] <= 57
     assert killed.state() == RunState.FINISHED
     assert fingerprint_of(tmp_path, "killed") == fingerprint_of(tmp_path, "undisturbed")
+
+
+@pytest.mark.parametrize(("victim", "shards"), [("0:23", None), ("2:57", None), ("0:37", 8)])
+def test_a_survivor_keeps_the_step_boundary_so_no_step_is_lost(
+    victim: str, shards: int | None, tmp_path: Path
+) -> None:
+    first = train(3, tmp_path, "undisturbed", "killed", kill=victim, shards=shards, checkpoints=False)
+    assert first.returncode != 0
+    second = train(3, tmp_path, "killed", shards=shards, checkpoints=False)
+    assert second.returncode == 0, second.stderr
+    killed = RunRecord(Storage(tmp_path), "killed")
+    assert [start["step"] for start in killed.events(("start",))] == [0, int(victim.partition(":")[2])]
+    assert killed.state() == RunState.FINISHED
+    assert fingerprint_of(tmp_path, "killed") == fingerprint_of(tmp_path, "undisturbed")

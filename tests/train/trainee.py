@@ -1,6 +1,6 @@
 """Train runs one after the other, alone or under torchrun: ``trainee.py STORAGE STEPS NAME...``, a test's subprocess.
 
-``SHOAL_TEST_SHARDS=n`` makes them exact, of n shards. ``SHOAL_TEST_KILL=rank:step`` kills that rank with SIGKILL in
+``SHOAL_TEST_NO_CHECKPOINTS=1`` leaves it to survivors to commit. ``SHOAL_TEST_SHARDS=n`` makes them exact, of n shards. ``SHOAL_TEST_KILL=rank:step`` kills that rank with SIGKILL in
 the middle of that step of the last one.
 """
 
@@ -34,15 +34,17 @@ class KilledToy(Toy):
         for batch in session.batches():
             loss = session.loss(batch)
             if (session.group.rank, session.steps_done) == (rank, step):
-                wait_until(
-                    lambda: any(self.checkpoints().glob("step-*")), "a slow disk has a first checkpoint"
-                )
+                if not os.environ.get("SHOAL_TEST_NO_CHECKPOINTS"):
+                    wait_until(
+                        lambda: any(self.checkpoints().glob("step-*")), "a slow disk has a first checkpoint"
+                    )
                 os.kill(os.getpid(), signal.SIGKILL)
             session.backward(loss)
             session.step()
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the peers of a dead rank; here they end themselves
     storage, steps, names = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     with torchrun_group() as group:
         for name in names:
@@ -52,7 +54,7 @@ def main() -> None:
                 name=name,
                 storage=Storage(storage),
                 target_steps=steps,
-                checkpoint_every_s=0.05,
+                checkpoint_every_s=1e6 if os.environ.get("SHOAL_TEST_NO_CHECKPOINTS") else 0.05,
                 threads=1,
                 shards=int(shards) if (shards := os.environ.get("SHOAL_TEST_SHARDS")) else None,
             )

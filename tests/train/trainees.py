@@ -24,6 +24,7 @@ def train(
         **os.environ,
         "PYTHONPATH": f"{ROOT / 'platform'}:{ROOT / 'tests'}:{TRAINEE.parent}",
         "SHOAL_TEST_KILL": kill,
+        "SHOAL_TEST_NO_CHECKPOINTS": "" if checkpoints else "1",
         "SHOAL_TEST_SHARDS": "" if shards is None else str(shards),
         "OMP_NUM_THREADS": "1",
     }

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from shoal.errors import RecipeError, ShoalError
+from shoal.errors import RecipeError, ShoalError, StorageError
 from shoal.tracking import RunRecord, RunState
 from shoal.train.cadence import Cadence
-from shoal.train.checkpoints import CheckpointWriter, Snapshot, take_snapshot
+from shoal.train.checkpoints import CheckpointWriter, Snapshot, take_snapshot, write_snapshot
 from shoal.train.group import Group
 from shoal.train.resume import Beginning, facts
 from shoal.train.session import Session
 from shoal.train.spec import RunSpec, digest_of
+from shoal.train.stamp import checkpoint_path
 
 WRITE_SLICE_S = 5.0
 """How long rank 0 waits for a checkpoint to be written before it tells its peers that it still does."""
@@ -93,6 +94,24 @@ class RunBoundary:
             self._record.append_end(state, step=session.steps_done)
         self._group.share(None)  # nobody leaves before the last line is written
 
+    def rescue(self, session: Session) -> None:
+        """After a peer was lost: commit the last step boundary, which every survivor has, so that no step is lost.
+
+        Every survivor tries; one commits. What it cannot commit is left to the last checkpoint, and said. The line
+        in the record is written by whoever goes on from it.
+        """
+        session.rewind()
+        self.close()
+        path = checkpoint_path(self._record.checkpoints_dir, session.steps_done)
+        if session.steps_done == 0 or path.exists() or self._record.state() == RunState.FINISHED:
+            return
+        try:
+            write_snapshot(path, self._snapshot(session, {}))
+        except (StorageError, RecipeError) as err:
+            if not path.exists():  # else another survivor was faster
+                message = f"the step that a lost worker interrupted will be repeated: {err}"
+                self._record.append("warning", message=message)
+
     def close(self) -> None:
         """Wait for a checkpoint that is being written: the lock must outlive it."""
         if self._writer is not None:
@@ -121,18 +140,19 @@ class RunBoundary:
         self._saved_step = session.steps_done
         self._wait_written()
         if self._writer is not None:
-            self._writer.submit(
-                take_snapshot(
-                    step=session.steps_done,
-                    model=session.model,
-                    optimizer=session.optimizer,
-                    scheduler=session.scheduler,
-                    facts=facts(self._spec, self._group),
-                    run=self._run,
-                    values=values,
-                )
-            )
+            self._writer.submit(self._snapshot(session, values))
             self._cadence.checkpoint_taken()
+
+    def _snapshot(self, session: Session, values: dict[str, float]) -> Snapshot:
+        return take_snapshot(
+            step=session.steps_done,
+            model=session.model,
+            optimizer=session.optimizer,
+            scheduler=session.scheduler,
+            facts=facts(self._spec, self._group),
+            run=self._run,
+            values=values,
+        )
 
     def _wait_written(self) -> None:
         """Wait on every rank until nothing is being written.

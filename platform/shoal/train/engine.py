@@ -85,6 +85,9 @@ def _train(spec: RunSpec, group: Group, record: RunRecord, on_eval: EvalListener
     try:
         spec.recipe.train(session)
         boundary.finish(session)
+    except PeerLost:
+        boundary.rescue(session)
+        raise
     finally:
         session.close()
         boundary.close()

@@ -17,6 +17,7 @@ import asyncio
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -56,6 +57,9 @@ _PAY_BACK_EVERY_S = 60.0
 that are left. Each is 3.5 CPU-seconds of imports, which a run on every core feels (`shoal.cluster.preload`):
 so a short run never pays, and a long one once. A new cluster has one to spare for a death before that."""
 
+_RESCUE_S = 30.0
+"""How long the survivors of a lost worker may take to commit the step boundary that they hold."""
+
 
 class _Group(WorkerGroup):  # type: ignore[misc]  # Ray has no types
     """Workers without a runtime environment, in a placement group that can be found after a crash."""
@@ -66,6 +70,15 @@ class _Group(WorkerGroup):  # type: ignore[misc]  # Ray has no types
     @staticmethod
     def _get_worker_runtime_env(custom_runtime_env: Mapping[str, Any]) -> dict[str, Any]:
         return dict(custom_runtime_env)
+
+    def shutdown(self) -> None:
+        """Let survivors of a lost worker end by themselves first: they commit what they hold."""
+        deadline = time.monotonic() + _RESCUE_S
+        while self.has_started() and time.monotonic() < deadline:
+            if not any(status.running for status in self._poll_workers_and_collect_errors(timeout=1.0)):
+                break
+            time.sleep(0.02)
+        super().shutdown()
 
     def _create_placement_group(self, scaling_config: Any, context: Any) -> Any:
         if self.lent is not None:
