@@ -520,7 +520,7 @@ def test_parameters_that_a_batch_does_not_use_get_a_zero_gradient() -> None:
     model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
     scheme = fast(Group.alone())
     buckets = GradientBuckets(
-        model.parameters(), scheme.parts, scheme.exchange, device=torch.device("cpu"), riders={}
+        model.parameters(), scheme.additions, scheme.exchange, device=torch.device("cpu"), riders={}
     )
     buckets.begin(0)
     model[0](torch.ones(1, 2)).sum().backward()

@@ -12,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from shoal.errors import RecipeError
+from shoal.train.buffers import Buffers
 from shoal.train.exchange import TreeSum
 from shoal.train.reduce import NUM_CONTROL, GradientBuckets
-from shoal.train.tree import Node, combine, nodes_of, parts_of, shards_of
+from shoal.train.tree import Node, additions_of, combine, nodes_of, shards_of
 
 shard_counts = st.integers(1, 20)
 
@@ -38,11 +40,11 @@ def test_every_number_of_workers_adds_in_the_same_order(num_shards: int, num_wor
     for rank in range(num_workers):
         shards = shards_of(rank, num_workers, num_shards)
         buffer, saved = "", []
-        for shard, part in zip(shards, parts_of(shards, num_shards), strict=True):
-            if part.saves:
+        for shard, num_additions in zip(shards, additions_of(shards, num_shards), strict=True):
+            if buffer:
                 saved.append(buffer)
-            buffer = f"({buffer}+{shard})" if part.joins else str(shard)
-            for _ in range(part.num_additions):
+            buffer = str(shard)
+            for _ in range(num_additions):
                 buffer = f"({saved.pop()}+{buffer})"
         held |= dict(zip(nodes_of(shards, num_shards), [*saved, buffer], strict=True))
     assert combine(held, num_shards, lambda a, b: f"({a}+{b})") == expected(0, num_shards)
@@ -118,7 +120,7 @@ def summed(num_workers: int, num_shards: int, values: torch.Tensor) -> list[torc
         exchange = TreeSum(group.rank(rank), num_shards)
         buckets = GradientBuckets(
             model.parameters(),
-            parts_of(shards, num_shards),
+            additions_of(shards, num_shards),
             exchange,
             device=torch.device("cpu"),
             riders={torch.float32: 1},
@@ -166,3 +168,75 @@ def test_the_sum_has_the_same_bits_on_any_number_of_workers(num_shards: int) -> 
     for num_workers in range(1, num_shards + 1):
         for result in summed(num_workers, num_shards, values):
             assert torch.equal(result, reference), f"{num_workers} workers"
+
+
+def gradients_alone(num_shards: int, model: nn.Module, losses: list[Any], between: Any = None) -> Any:
+    """What one worker that takes ``num_shards`` shards in a step has in the model's first parameter."""
+    shards = range(num_shards)
+    buckets = GradientBuckets(
+        model.parameters(),
+        additions_of(shards, num_shards),
+        TreeSum(ThreadGroup(1).rank(0), num_shards),
+        device=torch.device("cpu"),
+    )
+    for index, loss in enumerate(losses):
+        buckets.begin(index)
+        loss(model).backward()
+        buckets.end()
+        if between is not None:
+            between(model)
+    buckets.finish()
+    buckets.close()
+    return next(model.parameters()).grad.clone()  # type: ignore[union-attr]
+
+
+def test_sparse_gradients_of_a_shard_are_grouped_with_no_other_shards() -> None:
+    torch.manual_seed(0)
+    scales = [10.0 ** torch.randint(-6, 6, (40,)) * torch.randn(40) for _ in range(2)]
+
+    def loss_of(scale: torch.Tensor) -> Any:
+        return lambda model: (model(torch.arange(40) % 3)[:, 0] * scale).sum()
+
+    model = nn.Embedding(3, 1, sparse=True)
+    left, right = (gradients_alone(1, model, [loss_of(scale)]) for scale in scales)
+    both = gradients_alone(2, model, [loss_of(scale) for scale in scales])
+    assert torch.equal(both, left + right)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_loop_that_empties_the_gradients_around_every_shard_loses_none(set_to_none: bool) -> None:
+    model = Net()
+
+    def loss(model: Any) -> torch.Tensor:
+        model.zero_grad(set_to_none=set_to_none)  # a habit of many loops
+        return model.used.sum()  # type: ignore[no-any-return]
+
+    emptied = iter([True, False])  # not after the last: there the sum waits for the optimizer
+
+    def between(model: Any) -> None:
+        if next(emptied):
+            model.zero_grad(set_to_none=set_to_none)
+
+    assert gradients_alone(2, model, [loss, loss], between).tolist() == [2.0] * 5
+
+
+def test_a_second_backward_pass_for_a_batch_is_refused() -> None:
+    def loss(model: Any) -> torch.Tensor:
+        model.used.sum().backward()
+        return model.used.sum()  # type: ignore[no-any-return]
+
+    with pytest.raises(RecipeError, match="got its gradient twice"):
+        gradients_alone(2, Net(), [loss, loss])
+
+
+def test_a_buffer_that_begins_infinite_becomes_what_was_measured() -> None:
+    model = nn.Module()
+    model.register_buffer("highest", torch.tensor([-torch.inf, -torch.inf, 1.0]))
+    buffers = Buffers(model, 2)
+    rider = {torch.float32: torch.zeros(3)}
+    for index, value in enumerate((2.0, 4.0)):
+        buffers.begin(index)
+        model.highest[0] = value
+        buffers.ride(rider, 0.5)
+    buffers.land(rider)
+    assert model.highest.tolist() == [3.0, -torch.inf, 1.0]

@@ -57,7 +57,7 @@ def whole_number(at_least: float = -math.inf, at_most: float = math.inf) -> Call
 
 def one_of(*choices: str) -> Callable[[Any], bool]:
     """One of these texts."""
-    return lambda value: value in choices
+    return lambda value: isinstance(value, str) and value in choices
 
 
 def is_text(value: Any) -> bool:

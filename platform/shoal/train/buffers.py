@@ -39,13 +39,14 @@ class Buffers:
         """After that forward pass: add what it changed to what is summed; ``weight`` is the part's share."""
         for same, before in zip(self._floats, self._floats_before, strict=True):
             after = _flat(same)
-            change = torch.where(after == before, torch.zeros_like(after), (after - before) * weight)
+            origin = _origin(before)
+            change = torch.where(after == origin, torch.zeros_like(after), (after - origin) * weight)
             rider[before.dtype].add_(change)
 
     def land(self, rider: Mapping[torch.dtype, torch.Tensor]) -> None:
         """After the step: ``rider`` holds the sums."""
         for same, before in zip(self._floats, self._floats_before, strict=True):
-            _spread(before + rider[before.dtype], same)
+            _spread(_origin(before) + rider[before.dtype], same)
 
     def rewind(self) -> None:
         """Put back what the buffers were at the step's beginning."""
@@ -64,6 +65,11 @@ def _by_dtype(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
 
 def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+
+
+def _origin(before: torch.Tensor) -> torch.Tensor:
+    """From where changes are counted: 0 where a buffer is infinite yet, as a running maximum begins."""
+    return torch.where(before.isfinite(), before, torch.zeros_like(before))
 
 
 def _spread(flat: torch.Tensor, tensors: list[torch.Tensor]) -> None:

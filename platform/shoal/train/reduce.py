@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
+from shoal.errors import RecipeError
 from shoal.train.exchange import Exchange, Pending
-from shoal.train.tree import Part
 
 BUCKET_BYTES = 25 * 2**20
 """Size at which a bucket is sent while the backward pass goes on; DDP's default (Li et al., VLDB 2020)."""
@@ -42,28 +42,31 @@ class _Bucket:
         for p in params:
             self.views[p] = self.flat[offset : offset + p.numel()].view_as(p)
             offset += p.numel()
-        self.num_waiting = len(params)
+        self.waiting = set(params)
+        """Those whose gradient of the part under way is not there yet."""
         self.saved: list[torch.Tensor] = []
         """Sums of this step's earlier parts that are not to be added to ``flat`` yet."""
         self._spare: list[torch.Tensor] = []
 
-    def begin(self, part: Part) -> None:
+    def begin(self) -> None:
         """Make ready for the gradients of a part."""
-        if part.saves:
-            into = self._spare.pop() if self._spare else torch.empty_like(self.flat)
-            self.saved.append(into.copy_(self.flat))
-        if not part.joins:
-            self.flat.zero_()
-        self.num_waiting = len(self.views)
+        self.flat.zero_()
+        self.waiting = set(self.views)
         for p, view in self.views.items():
             p.grad = view
 
-    def end(self, part: Part) -> None:
-        """Add what the tree adds once the part's gradients are there."""
-        for _ in range(part.num_additions):
+    def end(self, num_additions: int, *, is_last: bool) -> None:
+        """Add what the tree adds once the part's gradients are there, and put it aside unless it is sent now.
+
+        At once: between two batches a loop may set ``p.grad``, this very memory, to zero.
+        """
+        for _ in range(num_additions):
             earlier = self.saved.pop()
             self.flat.add_(earlier)
             self._spare.append(earlier)
+        if not is_last:
+            into = self._spare.pop() if self._spare else torch.empty_like(self.flat)
+            self.saved.append(into.copy_(self.flat))
 
     def release(self) -> None:
         """What was saved has been added up elsewhere."""
@@ -81,7 +84,7 @@ class GradientBuckets:
     gradient is zero) cannot make ranks disagree.
 
     Args:
-        parts: what this rank adds up in a step before it is sent.
+        additions: of each part of a step, how many sums put aside are added to it (`tree.additions_of`).
         exchange: how that is summed over ranks.
         riders: how many further numbers, by dtype, are summed along; see ``rider``.
     """
@@ -89,13 +92,13 @@ class GradientBuckets:
     def __init__(
         self,
         params: Iterable[nn.Parameter],
-        parts: tuple[Part, ...],
+        additions: tuple[int, ...],
         exchange: Exchange,
         *,
         device: torch.device,
         riders: Mapping[torch.dtype, int] | None = None,
     ) -> None:
-        self._parts = parts
+        self._additions = additions
         self._index = 0
         self._exchange = exchange
         trained = [p for p in params if p.requires_grad]
@@ -120,10 +123,10 @@ class GradientBuckets:
         self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.views}
         self._num_done = 0
         self._pending: list[Pending] = []
-        # With nothing to do while the backward pass goes on there is no need to watch it; the gradients are the
+        # One part of one worker has nothing to send or to put aside, so there is no need to watch it; gradients are the
         # buffers' slices all the same, so that parameters a batch does not use are treated alike (a zero gradient)
         # on any number of workers.
-        watched = trained if exchange.is_remote else []
+        watched = trained if exchange.is_remote or len(additions) > 1 else []
         self._hooks = [p.register_post_accumulate_grad_hook(self._on_ready) for p in watched]  # type: ignore[no-untyped-call]
 
     def begin(self, index: int) -> None:
@@ -132,8 +135,10 @@ class GradientBuckets:
         self._num_done = 0
         if index == 0:
             self._pending = []
+            for bucket in self._buckets:
+                bucket.release()  # of a step that a loop broke off
         for bucket in self._buckets:
-            bucket.begin(self._parts[index])
+            bucket.begin()
 
     def set_control(self, loss: torch.Tensor, wants_checkpoint: bool, wants_stop: bool) -> None:
         """What this part adds to the control words; call it before the backward pass."""
@@ -162,19 +167,25 @@ class GradientBuckets:
 
     def _on_ready(self, p: torch.Tensor) -> None:
         bucket = self._bucket_of[p]  # type: ignore[index]
+        if p not in bucket.waiting:  # its bucket may be under way, or its sum grouped in another way
+            raise RecipeError(
+                "a parameter got its gradient twice for one batch; session.backward(loss) must be the batch's only "
+                "backward pass, and checkpoints of activations whose parameters are shared take use_reentrant=False"
+            )
+        bucket.waiting.remove(p)  # type: ignore[arg-type]
         view = bucket.views[p]  # type: ignore[index]
         if p.grad is not None and p.grad.data_ptr() != view.data_ptr():
             view.add_(p.grad)  # somebody set the gradient to None; autograd then made a tensor of its own
             p.grad = view
-        bucket.num_waiting -= 1
-        while self._num_done < len(self._buckets) and self._buckets[self._num_done].num_waiting == 0:
+        while self._num_done < len(self._buckets) and not self._buckets[self._num_done].waiting:
             self._take_next()
 
     def _take_next(self) -> None:
         bucket = self._buckets[self._num_done]
         self._num_done += 1
-        bucket.end(self._parts[self._index])
-        if self._index == len(self._parts) - 1:
+        is_last = self._index == len(self._additions) - 1
+        bucket.end(self._additions[self._index], is_last=is_last)
+        if is_last:
             self._pending.append(self._exchange.start(bucket.flat, bucket.saved))
 
 

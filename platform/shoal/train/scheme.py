@@ -9,7 +9,7 @@ from torch import nn
 from shoal.errors import RecipeError
 from shoal.train.exchange import AllReduce, Exchange, TreeSum
 from shoal.train.group import Group
-from shoal.train.tree import Part, parts_of, shards_of
+from shoal.train.tree import additions_of, shards_of
 
 
 @dataclass(frozen=True)
@@ -19,22 +19,23 @@ class Scheme:
     mine: range
     """This worker's share of the ``num_shards`` that a batch is divided into, in the order it takes them."""
     num_shards: int
-    parts: tuple[Part, ...]
+    additions: tuple[int, ...]
+    """Of each of them, see `tree.additions_of`."""
     exchange: Exchange
 
 
 def fast(group: Group) -> Scheme:
     """One shard per worker, summed by the library: the same bits on the same number of workers."""
-    whole = Part(joins=False, saves=False, num_additions=0)
     mine = range(group.rank, group.rank + 1)
-    return Scheme(mine, group.size, (whole,), AllReduce(group))
+    return Scheme(mine, group.size, (0,), AllReduce(group))
 
 
 def exact(model: nn.Module, group: Group, num_shards: int) -> Scheme:
     """A fixed number of virtual shards, summed in one fixed order: the same bits on any number of workers.
 
     Raises:
-        RecipeError: there are more workers than shards, or the model is compiled (what a compiler fuses depends
+        RecipeError: there are more workers than shards, batches are normalised over workers (`nn.SyncBatchNorm`,
+            whose workers wait for each other in every shard), or the model is compiled (what a compiler fuses depends
             on the shapes it has seen).
     """
     from torch._dynamo import OptimizedModule
@@ -44,8 +45,9 @@ def exact(model: nn.Module, group: Group, num_shards: int) -> Scheme:
             f"exact: {num_shards} shards cannot be divided among {group.size} workers; ask for at most "
             f"{num_shards} workers, or start another run with shards={group.size} or more"
         )
-    if any(isinstance(module, OptimizedModule) for module in model.modules()):
+    if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        raise RecipeError("exact: nn.SyncBatchNorm depends on the number of workers; take nn.BatchNorm instead")
+    if any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in model.modules()):
         raise RecipeError("exact: the model is compiled with torch.compile; take one of the two away")
     mine = shards_of(group.rank, group.size, num_shards)
-    parts = parts_of(mine, num_shards)
-    return Scheme(mine, num_shards, parts, TreeSum(group, num_shards))
+    return Scheme(mine, num_shards, additions_of(mine, num_shards), TreeSum(group, num_shards))

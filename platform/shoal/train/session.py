@@ -107,7 +107,7 @@ class Session:
         self._seed_for("begin")
         self._gradients = GradientBuckets(
             self.model.parameters(),
-            self._scheme.parts,
+            self._scheme.additions,
             self._scheme.exchange,
             device=group.device,
             riders=self._buffers.riders,

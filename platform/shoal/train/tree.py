@@ -34,28 +34,17 @@ def shards_of(rank: int, num_workers: int, num_shards: int) -> range:
     return range(num_shards * rank // num_workers, num_shards * (rank + 1) // num_workers)
 
 
-@dataclass(frozen=True)
-class Part:
-    """What a worker does around one of its shards, in a buffer where gradients accumulate."""
+def additions_of(shards: range, num_shards: int) -> tuple[int, ...]:
+    """For each of a worker's shards, how many sums that it has put aside, the latest first, are added to it.
 
-    joins: bool
-    """The buffer holds the left neighbour: gradients are added to it as they come, which is the tree's addition."""
-    saves: bool
-    """The buffer holds a sum whose turn comes later: it is put aside first."""
-    num_additions: int
-    """How many sums that were put aside, the latest first, are added to the buffer after it."""
-
-
-def parts_of(shards: range, num_shards: int) -> tuple[Part, ...]:
-    """What a worker does around each of its shards, in their order."""
+    What comes of that is put aside in turn; after the last shard what is left are the worker's `nodes_of`.
+    """
     nodes: tuple[Node, ...] = ()
-    parts = []
+    counts = []
     for shard in shards:
-        joins = shard % 2 == 1 and nodes[-1:] == (Node(0, shard - 1),)
-        saves = bool(nodes) and not joins
         nodes, num_additions = _push(nodes, shard, num_shards)
-        parts.append(Part(joins, saves, num_additions - joins))
-    return tuple(parts)
+        counts.append(num_additions)
+    return tuple(counts)
 
 
 def nodes_of(shards: range, num_shards: int) -> tuple[Node, ...]:
