@@ -1,7 +1,7 @@
 """Train runs one after the other, alone or under torchrun: ``trainee.py STORAGE STEPS NAME...``, a test's subprocess.
 
-``SHOAL_TEST_NO_CHECKPOINTS=1`` leaves it to survivors to commit. ``SHOAL_TEST_SHARDS=n`` makes them exact, of n shards. ``SHOAL_TEST_KILL=rank:step`` kills that rank with SIGKILL in
-the middle of that step of the last one.
+``SHOAL_TEST_SHARDS=n`` makes them exact, of n shards. ``SHOAL_TEST_KILL=rank:step`` kills that rank with SIGKILL in
+the middle of that step of the last one. ``SHOAL_TEST_NO_CHECKPOINTS=1`` leaves it to survivors to commit.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class KilledToy(Toy):
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the peers of a dead rank; here they end themselves
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # torchrun ends the peers of a dead rank; here they end themselves
     storage, steps, names = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     with torchrun_group() as group:
         for name in names:

@@ -18,7 +18,12 @@ TRAINEE = Path(__file__).with_name("trainee.py")
 
 
 def train(
-    num_workers: int, storage: Path, *names: str, kill: str = "", shards: int | None = None
+    num_workers: int,
+    storage: Path,
+    *names: str,
+    kill: str = "",
+    shards: int | None = None,
+    checkpoints: bool = True,
 ) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,

@@ -123,9 +123,9 @@ class GradientBuckets:
         self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.views}
         self._num_done = 0
         self._pending: list[Pending] = []
-        # One part of one worker has nothing to send or to put aside, so there is no need to watch it; gradients are the
-        # buffers' slices all the same, so that parameters a batch does not use are treated alike (a zero gradient)
-        # on any number of workers.
+        # One part of one worker has nothing to send or to put aside, so there is no need to watch it; gradients are
+        # the buffers' slices all the same, so that parameters a batch does not use are treated alike (a zero
+        # gradient) on any number of workers.
         watched = trained if exchange.is_remote or len(additions) > 1 else []
         self._hooks = [p.register_post_accumulate_grad_hook(self._on_ready) for p in watched]  # type: ignore[no-untyped-call]
 

@@ -46,7 +46,9 @@ def exact(model: nn.Module, group: Group, num_shards: int) -> Scheme:
             f"{num_shards} workers, or start another run with shards={group.size} or more"
         )
     if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
-        raise RecipeError("exact: nn.SyncBatchNorm depends on the number of workers; take nn.BatchNorm instead")
+        raise RecipeError(
+            "exact: nn.SyncBatchNorm depends on the number of workers; take nn.BatchNorm instead"
+        )
     if any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in model.modules()):
         raise RecipeError("exact: the model is compiled with torch.compile; take one of the two away")
     mine = shards_of(group.rank, group.size, num_shards)
