@@ -65,8 +65,8 @@ class Merged:
     """Every shard starts from the step's buffers; the step ends with the mean of what the shards made of them.
 
     The mean is weighted by samples and of the *changes*, summed in the tree's order: so a buffer that nobody
-    changes keeps its bits. Of buffers that are no floating-point numbers (BatchNorm counts its batches) the first
-    shard's are kept, which are everybody's: each starts from the same value and sees one batch.
+    changes keeps its bits. Of buffers that are no floating-point numbers (BatchNorm counts its batches) each worker
+    keeps what its last shard left: the same everywhere as long as it depends on the number of batches alone.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -74,7 +74,6 @@ class Merged:
         self._others = [b for b in model.buffers() if not b.is_floating_point()]
         self._floats_before = [torch.empty(0)] * len(self._floats)
         self._others_before = [torch.empty(0)] * len(self._others)
-        self._others_after = self._others_before
         self.riders = {same[0].dtype: sum(b.numel() for b in same) for same in self._floats}
 
     def begin(self, index: int) -> None:
@@ -82,7 +81,8 @@ class Merged:
             self._floats_before = [_flat(same) for same in self._floats]
             self._others_before = [buffer.clone() for buffer in self._others]
         else:
-            self._restore_floats()
+            for same, flat in zip(self._floats, self._floats_before, strict=True):
+                _spread(flat, same)
             for buffer, before in zip(self._others, self._others_before, strict=True):
                 buffer.copy_(before)
 
@@ -98,10 +98,6 @@ class Merged:
 
     def share(self) -> None:
         pass
-
-    def _restore_floats(self) -> None:
-        for same, before in zip(self._floats, self._floats_before, strict=True):
-            _spread(before, same)
 
 
 def _by_dtype(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:

@@ -236,6 +236,7 @@ class Session:
         self._phase = to
 
     def step_done(self, loss: float) -> None:
+        """Count a completed step; ``loss`` is the mean over its whole batch."""
         self.steps_done += 1
         self._progress.loss += loss
         self._progress.num_steps += 1
