@@ -14,8 +14,8 @@ class Buffers:
     (torch's DistributedDataParallel takes rank 0's instead; they must then be sent before every step, and are lost
     with rank 0.) The mean is weighted by samples, and of the *changes*, which are summed with the gradients: so a
     buffer that nobody changes keeps its bits. Of buffers that are no floating-point numbers (BatchNorm counts its
-    batches) this worker's last shard's are kept, which are everybody's: each starts from the same value and sees
-    one batch. With a single shard nothing is done.
+    batches) each worker keeps its last shard's: the same everywhere as long as they depend on the number of
+    batches alone. With a single shard nothing is done.
     """
 
     def __init__(self, model: nn.Module, num_shards: int) -> None:

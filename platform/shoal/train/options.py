@@ -129,7 +129,8 @@ def plan_run(
     ``init_from`` is what ``options.init_from`` names, which takes a registry to find.
 
     Raises:
-        RequestError: the recipe's own ``steps`` cannot be; an exact run whose batch has fewer samples than shards.
+        RequestError: the recipe's own ``steps`` cannot be; an exact run whose batch has fewer samples than shards;
+            shards of a run that is not to be exact.
     """
     steps = recipe.steps if options.steps is None else options.steps
     if not RULES["steps"].fits(steps):

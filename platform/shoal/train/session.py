@@ -247,6 +247,7 @@ class Session:
             self._is_within_step = False
 
     def step_done(self, loss: float) -> None:
+        """Count a completed step; ``loss`` is the mean over its whole batch."""
         self.steps_done += 1
         self._is_within_step = False
         self._progress.loss += loss
