@@ -221,3 +221,8 @@ def test_what_the_file_says_is_the_default_of_exact(tmp_path: Path) -> None:
     assert RunOptions().num_shards(config) == 6
     assert RunOptions(shards=3).num_shards(config) == 3
     assert RunOptions(exact=False).num_shards(config) is None
+
+
+def test_a_sweeps_trials_stay_fast_whatever_the_file_says_of_runs(tmp_path: Path) -> None:
+    config = load(write_project(tmp_path, extra="train: {exact: true, shards: 6}\n"))
+    assert SweepOptions().of_a_trial().num_shards(config) is None

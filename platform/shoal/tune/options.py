@@ -92,4 +92,5 @@ class SweepOptions:
             precision=self.precision,
             checkpoint_every=self.checkpoint_every,
             keep=1,
+            exact=False,
         )
