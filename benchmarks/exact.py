@@ -12,7 +12,7 @@ from benchmarks.cluster import own_cluster
 from benchmarks.quiet import wait_until_idle
 from benchmarks.ratios import paired_ratio
 from benchmarks.train import CLUSTER, shoal_rate
-from shoal.train.tree import nodes_of, shards_of
+from shoal.train.tree import nodes_of, share_of
 
 CASE = "transformer 10M"
 SHARDS = 4
@@ -24,7 +24,7 @@ WORKERS = 2
 def bytes_ratio(num_shards: int, num_workers: int) -> float:
     """Bytes that the busiest rank sends per step, exact / ring all-reduce (see `exchange.TreeSum`)."""
     nodes = [
-        len(nodes_of(shards_of(rank, num_workers, num_shards), num_shards)) for rank in range(num_workers)
+        len(nodes_of(share_of(rank, num_workers, num_shards), num_shards)) for rank in range(num_workers)
     ]
     return (max(nodes) + 1) / 2
 

@@ -16,7 +16,7 @@ from shoal.errors import RecipeError
 from shoal.train.buffers import Buffers
 from shoal.train.exchange import TreeSum
 from shoal.train.reduce import NUM_CONTROL, GradientBuckets
-from shoal.train.tree import Node, additions_of, combine, nodes_of, shards_of
+from shoal.train.tree import Node, additions_of, combine, nodes_of, share_of
 
 shard_counts = st.integers(1, 20)
 
@@ -38,7 +38,7 @@ def test_every_number_of_workers_adds_in_the_same_order(num_shards: int, num_wor
     num_workers = min(num_workers, num_shards)
     held: dict[Node, str] = {}
     for rank in range(num_workers):
-        shards = shards_of(rank, num_workers, num_shards)
+        shards = share_of(rank, num_workers, num_shards)
         buffer, saved = "", []
         for shard, num_additions in zip(shards, additions_of(shards, num_shards), strict=True):
             if buffer:
@@ -116,7 +116,7 @@ def summed(num_workers: int, num_shards: int, values: torch.Tensor) -> list[torc
 
     def work(rank: int) -> None:
         model = Net()
-        shards = shards_of(rank, num_workers, num_shards)
+        shards = share_of(rank, num_workers, num_shards)
         exchange = TreeSum(group.rank(rank), num_shards)
         buckets = GradientBuckets(
             model.parameters(),

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from shoal.train.group import Group
-from shoal.train.tree import Node, combine, nodes_of, shards_of
+from shoal.train.tree import Node, combine, nodes_of, share_of
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class TreeSum:
         self._group = group
         self._num_shards = num_shards
         self._nodes = [
-            nodes_of(shards_of(rank, group.size, num_shards), num_shards) for rank in range(group.size)
+            nodes_of(share_of(rank, group.size, num_shards), num_shards) for rank in range(group.size)
         ]
         self._is_one_addition = [len(nodes) for nodes in self._nodes] == [1, 1]
         self.is_remote = group.size > 1

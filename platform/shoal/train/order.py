@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from shoal.train.seeds import derive_seed
+from shoal.train.tree import share_of
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class DataOrder:
     def positions(self, step: int, shard: int, num_shards: int) -> range:
         """Positions in the sequence of a shard of a step: contiguous, sizes differ by at most one."""
         start = step * self.batch_size
-        begin = start + self.batch_size * shard // num_shards
-        return range(begin, start + self.batch_size * (shard + 1) // num_shards)
+        share = share_of(shard, num_shards, self.batch_size)
+        return range(start + share.start, start + share.stop)
 
     def epoch(self, number: int) -> list[int]:
         """The permutation of sample ids that is epoch ``number`` (from 0)."""

@@ -9,7 +9,7 @@ from torch import nn
 from shoal.errors import RecipeError
 from shoal.train.exchange import AllReduce, Exchange, TreeSum
 from shoal.train.group import Group
-from shoal.train.tree import additions_of, shards_of
+from shoal.train.tree import additions_of, share_of
 
 
 @dataclass(frozen=True)
@@ -51,5 +51,5 @@ def exact(model: nn.Module, group: Group, num_shards: int) -> Scheme:
         )
     if any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in model.modules()):
         raise RecipeError("exact: the model is compiled with torch.compile; take one of the two away")
-    mine = shards_of(group.rank, group.size, num_shards)
+    mine = share_of(group.rank, group.size, num_shards)
     return Scheme(mine, num_shards, additions_of(mine, num_shards), TreeSum(group, num_shards))

@@ -26,6 +26,7 @@ from shoal.train.order import DataOrder
 from shoal.train.reduce import GradientBuckets
 from shoal.train.scheme import exact, fast
 from shoal.train.seeds import derive_seed, seed_everything
+from shoal.train.tree import share_of
 
 Precision = Literal["fp32", "bf16"]
 
@@ -282,8 +283,7 @@ class Session:
     def _measure(self, dataset: Dataset[Any], shard: int) -> tuple[dict[str, float], int]:
         """Sums of loss and metrics over a shard's samples, and their number."""
         self._seed_for("evaluation", self.steps_done, shard)
-        num_samples, num_shards = len(dataset), self._scheme.num_shards  # type: ignore[arg-type]
-        share = range(num_samples * shard // num_shards, num_samples * (shard + 1) // num_shards)
+        share = share_of(shard, self._scheme.num_shards, len(dataset))  # type: ignore[arg-type]
         sums: dict[str, float] = {}
         for batch in evaluation_loader(self.data, dataset, share, self.recipe.batch_size):
             batch = to_device(batch, self.group.device)

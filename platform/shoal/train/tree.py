@@ -15,7 +15,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Node:
     """The sum of the shards ``[index * 2**level, (index + 1) * 2**level)``, those that exist."""
 
@@ -29,9 +29,9 @@ class Node:
         )
 
 
-def shards_of(rank: int, num_workers: int, num_shards: int) -> range:
-    """The contiguous shards that one worker computes; their numbers differ by at most one."""
-    return range(num_shards * rank // num_workers, num_shards * (rank + 1) // num_workers)
+def share_of(index: int, num_shares: int, length: int) -> range:
+    """One of ``num_shares`` contiguous shares of ``range(length)``; their lengths differ by at most one."""
+    return range(length * index // num_shares, length * (index + 1) // num_shares)
 
 
 def additions_of(shards: range, num_shards: int) -> tuple[int, ...]:
