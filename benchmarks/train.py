@@ -1,21 +1,23 @@
 """Steps per second of a run on shoal beside the same recipe under bare ``torchrun`` DDP, 2 workers each.
 
-``python -m benchmarks.train``, on a machine with nothing else to do. Each pair runs both, in
-alternating order, without checkpoints and with one every 2 s (the peer: ``torch.save`` and fsync on rank 0).
-One torch thread on both sides; the rate is over the same number of steps after the same warm-up.
+``python -m benchmarks.train``, on a machine with nothing else to do. Each round starts both anew and lets them
+run in alternating slices of seconds (`benchmarks.slices`), the whole cluster being stopped while the peer runs;
+without checkpoints and with one every 2 s (the peer: ``torch.save`` and fsync on rank 0). One torch thread on
+both sides. The interval is over rounds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -24,65 +26,74 @@ from benchmarks.cluster import ROOT, own_cluster
 from benchmarks.quiet import wait_until_idle
 from benchmarks.ratios import paired_ratio
 from benchmarks.recipes import CASES
+from benchmarks.slices import Side, alternate, rates_by_round, stopped, wait_for_ticks
+from shoal.cluster.processes import find
 
 GOAL = 0.97
-PAIRS = {"digits MLP": 12, "transformer 10M": 6}
-"""By case: steps of 2 ms feel whatever else the machine does, so their interval needs more pairs."""
+ROUNDS = 10
+SLICES = {"digits MLP": (1.0, 12), "transformer 10M": (4.0, 4)}
+"""By case: how long a slice is, in seconds, and how many pairs a round has."""
+SAVE_SLICE_S = 5.0
+"""With checkpoints: long enough for two."""
 CLUSTER = "version: 1\nname: bench-train\nserve: {port: 0}\ntargets: {local: {cpu: 2}}\n"
 
 
-def shoal_rate(cluster: shoal.Cluster, case: str, save_every_s: float, **options: Any) -> float:
-    """Steps per second of the counted steps, from the run's own journal."""
-    recipe_class, warm_up, counted = CASES[case]
+@contextlib.contextmanager
+def on_shoal(cluster: shoal.Cluster, case: str, save_every_s: float, folder: Path) -> Iterator[Side]:
+    """A run past its warm-up, with all processes of its cluster; it ends with the context."""
+    recipe_class, warm_up, steps = CASES[case]
+    side = Side(lambda: find(cluster.info.cluster_id), folder / "shoal")
     run = cluster.train(
-        recipe_class(),
+        recipe_class(ticks=str(side.ticks)),
         workers=2,
-        steps=warm_up + counted + 1,
+        steps=steps,
         checkpoint_every=save_every_s or 1e6,
         name=f"bench-{time.time_ns()}",
-        **options,
-    ).wait(progress=False)
-    lines = [
-        event for event in run.record.events(("metrics",)) if warm_up <= event["step"] <= warm_up + counted
-    ]
-    return (lines[-1]["step"] - lines[0]["step"]) / (lines[-1]["t"] - lines[0]["t"])
+    )
+    try:
+        wait_for_ticks(side, warm_up)
+        yield side
+    finally:
+        run.stop()
+        run.wait(progress=False)
 
 
-def bare_rate(case: str, save_every_s: float, folder: Path) -> float:
-    """Steps per second of ``benchmarks.bare_ddp``."""
+@contextlib.contextmanager
+def bare(case: str, save_every_s: float, folder: Path) -> Iterator[Side]:
+    """``benchmarks.bare_ddp`` under ``torchrun``, past its warm-up; it is killed with the context."""
+    side_ticks = folder / "bare"
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-        "-m", "benchmarks.bare_ddp", case, str(save_every_s),
+        "-m", "benchmarks.bare_ddp", case, str(save_every_s), str(side_ticks),
     ]  # fmt: skip
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "SHOAL_BENCH_DIR": str(folder),
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}",
-    }
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    if done.returncode:
-        raise SystemExit(f"bare torchrun failed ({done.returncode}):\n{done.stderr[-3000:]}")
-    return float(done.stdout.strip().splitlines()[-1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"}
+    with open(folder / "bare.log", "w") as log:
+        launched = psutil.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    side = Side(lambda: [launched, *launched.children(recursive=True)], side_ticks)
+    try:
+        wait_for_ticks(side, CASES[case][1])
+        yield side
+    finally:
+        for process in side.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        launched.wait()
 
 
-def measure(
-    cluster: shoal.Cluster, case: str, save_every_s: float, pairs: int
-) -> tuple[list[float], list[float]]:
-    """Steps per second of shoal and of bare torchrun, pair by pair."""
-    ours, theirs = [], []
-    with tempfile.TemporaryDirectory(prefix="shoal-bench-") as folder:
-        for pair in range(pairs):
-            for is_ours in (False, True) if pair % 2 else (True, False):
-                wait_until_idle()
-                if is_ours:
-                    ours.append(shoal_rate(cluster, case, save_every_s))
-                else:
-                    theirs.append(bare_rate(case, save_every_s, Path(folder)))
-            print(f"  {case}: shoal {ours[-1]:.1f}, bare {theirs[-1]:.1f} steps/s", flush=True)
-    return ours, theirs
+def one_round(cluster: shoal.Cluster, case: str, save_every_s: float) -> list[tuple[float, float]]:
+    """Steps per second of shoal and of bare torchrun, pair by pair of slices."""
+    slice_s, pairs = SLICES[case]
+    wait_until_idle()
+    with (
+        tempfile.TemporaryDirectory(prefix="shoal-bench-") as name,
+        on_shoal(cluster, case, save_every_s, Path(name)) as ours,
+        contextlib.ExitStack() as stack,
+    ):
+        with stopped(ours):
+            theirs = stack.enter_context(bare(case, save_every_s, Path(name)))
+        return alternate(
+            ours, theirs, slice_s=max(slice_s, SAVE_SLICE_S if save_every_s else 0.0), pairs=pairs
+        )
 
 
 def main() -> int:
@@ -95,7 +106,12 @@ def main() -> int:
     with own_cluster(CLUSTER) as cluster:
         for case in CASES:
             for save_every_s in (0.0, 2.0):
-                ours, theirs = measure(cluster, case, save_every_s, PAIRS[case])
+                rounds = []
+                for _ in range(ROUNDS):
+                    rounds.append(one_round(cluster, case, save_every_s))
+                    pairs = ", ".join(f"{ours:.4g}/{theirs:.4g}" for ours, theirs in rounds[-1])
+                    print(f"  {case}, steps/s shoal/bare: {pairs}", flush=True)
+                ours, theirs = rates_by_round(rounds)
                 ratio = paired_ratio(ours, theirs)
                 met &= ratio.low >= GOAL
                 table.add_row(
