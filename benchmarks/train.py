@@ -32,9 +32,10 @@ from shoal.cluster.processes import find
 GOAL = 0.97
 ROUNDS = 10
 SLICES = {"digits MLP": (1.0, 12), "transformer 10M": (4.0, 4)}
-"""By case: how long a slice is, in seconds, and how many pairs a round has."""
-SAVE_SLICE_S = 5.0
-"""With checkpoints: long enough for two."""
+"""How long a slice is, in seconds, and how many pairs a round has."""
+SAVE_EVERY_S = 2.0
+SAVE_SLICES = (5.0, 3)
+"""The same with checkpoints: every slice has two."""
 CLUSTER = "version: 1\nname: bench-train\nserve: {port: 0}\ntargets: {local: {cpu: 2}}\n"
 
 
@@ -82,7 +83,7 @@ def bare(case: str, save_every_s: float, folder: Path) -> Iterator[Side]:
 
 def one_round(cluster: shoal.Cluster, case: str, save_every_s: float) -> list[tuple[float, float]]:
     """Steps per second of shoal and of bare torchrun, pair by pair of slices."""
-    slice_s, pairs = SLICES[case]
+    slice_s, pairs = SAVE_SLICES if save_every_s else SLICES[case]
     wait_until_idle()
     with (
         tempfile.TemporaryDirectory(prefix="shoal-bench-") as name,
@@ -91,9 +92,7 @@ def one_round(cluster: shoal.Cluster, case: str, save_every_s: float) -> list[tu
     ):
         with stopped(ours):
             theirs = stack.enter_context(bare(case, save_every_s, Path(name)))
-        return alternate(
-            ours, theirs, slice_s=max(slice_s, SAVE_SLICE_S if save_every_s else 0.0), pairs=pairs
-        )
+        return alternate(ours, theirs, slice_s=slice_s, pairs=pairs)
 
 
 def main() -> int:
@@ -105,7 +104,7 @@ def main() -> int:
     met = True
     with own_cluster(CLUSTER) as cluster:
         for case in CASES:
-            for save_every_s in (0.0, 2.0):
+            for save_every_s in (0.0, SAVE_EVERY_S):
                 rounds = []
                 for _ in range(ROUNDS):
                     rounds.append(one_round(cluster, case, save_every_s))
