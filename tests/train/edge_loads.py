@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from shoal.errors import RecipeError
+from shoal.errors import PeerLost, RecipeError
 
 
 def note(config: dict[str, Any], **fields: Any) -> None:
@@ -52,7 +52,7 @@ def step_until_told(config: dict[str, Any]) -> None:
         flag.fill_(float((Path(config["notes"]) / "finish").exists()))
         dist.broadcast(flag, 0)
         if step == 0:
-            note(config, started=time.time())
+            note(config, started=time.time(), local_rank=os.environ["LOCAL_RANK"])
         if flag:
             return
         time.sleep(0.01)
@@ -73,3 +73,30 @@ def stumble(config: dict[str, Any]) -> None:
     """Fail every time with an error that means nothing to shoal."""
     note(config, stumbled=True)
     raise OSError("no such thing")
+
+
+def step_with_peers(config: dict[str, Any]) -> None:
+    """As `step_until_told`, but a lost peer is said to be one, as shoal's own collectives do."""
+    try:
+        step_until_told(config)
+    except RuntimeError as err:
+        raise PeerLost("gone") from err
+
+
+def refuse_with_peers(config: dict[str, Any]) -> None:
+    """As `refuse`, but rank 0 says that it lost a peer."""
+    import torch.distributed as dist
+
+    try:
+        refuse(config)
+    except RecipeError:
+        dist.destroy_process_group()
+        raise
+    except RuntimeError as err:
+        raise PeerLost("gone") from err
+
+
+def lose_peers(config: dict[str, Any]) -> None:
+    """Every worker says that it lost the others."""
+    note(config, lost=True)
+    raise PeerLost("gone")

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,7 +59,14 @@ RELIED_ON: list[tuple[str, str, tuple[str, ...]]] = [
     (
         f"{_V2}.execution.worker_group",
         "WorkerGroup._create_workers",
-        ("num_workers", "placement_group", "placement_group_bundle_indices"),
+        (
+            "num_workers",
+            "placement_group",
+            "placement_group_bundle_indices",
+            "starting_world_rank",
+            "world_size",
+            "replica_group_size",
+        ),
     ),
     (f"{_V2}.execution.failure_handling", "FailurePolicy.make_decision", ("training_failed_error",)),
     (f"{_V2}.execution.scaling_policy", "ScalingPolicy.make_decision_for_non_running_worker_group", ()),
@@ -66,13 +74,32 @@ RELIED_ON: list[tuple[str, str, tuple[str, ...]]] = [
     (f"{_V2}.execution.scaling_policy", "ScalingPolicy.after_controller_start", ("train_run_context",)),
     (f"{_V2}.execution.scaling_policy", "ScalingPolicy._cancel_resource_request", ()),
     (f"{_V2}.execution.scaling_policy", "ResizeDecision.__init__", ("num_workers", "resources_per_worker")),
-    (f"{_V2}.callbacks", "AcceleratorSetupCallback.__init__", ("backend_config", "scaling_config")),
-    (f"{_V2}.callbacks", "BackendSetupCallback.__init__", ("backend_config",)),
+    (f"{_V2}.execution.controller", "TrainController._replace_bad_workers", ("poll_status",)),
+    (f"{_V2}.execution.controller", "TrainController._shutdown_worker_group", ()),
+    (f"{_V2}.execution.worker_group.poll", "WorkerGroupPollStatus.failing_replica_group_indices", ()),
+    (f"{_V2}.execution.worker_group", "WorkerGroup._init_train_context", ("workers", "sync_actor")),
+    (
+        f"{_V2}.execution.worker_group",
+        "WorkerGroup._replace_replica_group_impl",
+        ("replica_group_index",),
+    ),
+    (f"{_V2}.execution.worker_group", "WorkerGroup.get_worker_group_state", ()),
+    (
+        f"{_V2}.execution.worker_group",
+        "ReplicaGroup.__init__",
+        ("workers", "resources_per_worker", "callbacks"),
+    ),
+    (f"{_V2}.execution.worker_group", "ReplicaGroup.start_training", ("worker_group_context",)),
+    (
+        f"{_V2}.execution.worker_group.state",
+        "WorkerGroupState.replace_workers",
+        ("old_workers", "new_workers"),
+    ),
+    (f"{_V2}.execution.worker_group", "Worker.execute_async", ("fn",)),
+    ("ray.train.backend", "Backend.has_replica_groups", ()),
     ("ray.train.v2.api.data_parallel_trainer", "DataParallelTrainer._initialize_and_run_controller", ()),
     ("ray.train.v2.api.data_parallel_trainer", "DataParallelTrainer._create_default_callbacks", ()),
     ("ray.train.v2.api.config", "ScalingConfig._resources_per_worker_not_none", ()),
-    ("ray.train.torch.config", "_TorchBackend.on_start", ("worker_group", "backend_config")),
-    ("ray.train.torch.config", "_TorchBackend.on_shutdown", ("worker_group", "backend_config")),
     ("ray._private.worker", "print_to_stdstream", ("data",)),
 ]
 
@@ -274,6 +301,41 @@ class TestOnACluster:
         thread.join(DEADLINE_S)
         assert (thread.is_alive(), thread.error) == (False, None)
         assert capfd.readouterr() == ("", "")
+
+    @pytest.mark.parametrize("killed", [0, 1])
+    def test_who_lost_a_peer_keeps_its_process_and_meets_the_replacement(
+        self, workers: Callable[..., Any], tmp_path: Path, killed: int
+    ) -> None:
+        def started() -> list[int]:
+            return [len(notes(tmp_path, rank)) for rank in range(3)]
+
+        thread = InThread(workers("step_with_peers", Range(3, 3)))
+        for attempt in (1, 2):  # twice: the replaced one can lose a peer, too
+            wait_until(lambda attempt=attempt: started() == [attempt] * 3, "all run")
+            os.kill(notes(tmp_path, killed)[-1]["pid"], signal.SIGKILL)
+        wait_until(lambda: started() == [3] * 3, "all run again")
+        (tmp_path / "finish").touch()
+        thread.join(DEADLINE_S)
+        assert (thread.is_alive(), thread.error) == (False, None)
+        for rank in range(3):
+            assert len({line["pid"] for line in notes(tmp_path, rank)}) == (3 if rank == killed else 1)
+            assert {line["local_rank"] for line in notes(tmp_path, rank)} == {str(rank)}
+
+    def test_who_lost_a_peer_goes_home_when_the_run_is_over(
+        self, workers: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        began = time.monotonic()
+        with pytest.raises(RecipeError, match="the loss is NaN"):
+            workers("refuse_with_peers").run()
+        assert time.monotonic() - began < 20  # `_RESCUE_S` is longer, `GATHER_TIMEOUT_S` much
+        assert len(notes(tmp_path, 0)) == 1
+
+    def test_when_all_lost_each_other_the_group_is_made_anew(
+        self, workers: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        with pytest.raises(WorkerLost, match=r"failed 2 time\(s\), and 1 restart\(s\)"):
+            workers("lose_peers", max_failures=1).run()
+        assert [len(notes(tmp_path, rank)) for rank in range(2)] == [2, 2]
 
     def test_a_killed_controller_is_replaced(self, workers: Callable[..., Any], tmp_path: Path) -> None:
         import ray

@@ -14,24 +14,22 @@ only imported to train on a cluster, and by waiting processes so that nothing is
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
-import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, ClassVar
 
 import ray
 import ray._private.worker as ray_worker_module
 import ray.train.v2._internal.execution.worker_group.state as worker_group_state_module
 import ray.train.v2._internal.execution.worker_group.worker_group as worker_group_module
-import torch.distributed as dist
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig
-from ray.train.torch import TorchTrainer
-from ray.train.torch.config import TorchConfig, _TorchBackend
-from ray.train.v2._internal.callbacks import AcceleratorSetupCallback, BackendSetupCallback
+from ray.train.backend import Backend
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
@@ -41,14 +39,15 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision, ScalingPolicy
-from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2._internal.execution.worker_group import ReplicaGroup, WorkerGroup
 from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
-from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 
 from shoal.capacity import Resources
 from shoal.cluster.warm import add_warm_processes
 from shoal.errors import PeerLost, ShoalError
+from shoal.train.rendezvous import Place, Rendezvous, places, run_in_generations, take_seat
 
 logger = logging.getLogger(__name__)
 
@@ -57,22 +56,101 @@ _PAY_BACK_EVERY_S = 60.0
 that are left. Each is 3.5 CPU-seconds of imports, which a run on every core feels (`shoal.cluster.preload`):
 so a short run never pays, and a long one once. A new cluster has one to spare for a death before that."""
 
+_REFILL_AFTER_S = 2.0
+"""How long after a death its warm process is replaced: when training goes on, and before the next death."""
+
 _RESCUE_S = 30.0
 """How long the survivors of a lost worker may take to commit the step boundary that they hold."""
 
 
-class _Group(WorkerGroup):  # type: ignore[misc]  # Ray has no types
-    """Workers without a runtime environment, in a placement group that can be found after a crash."""
+@dataclass(frozen=True)
+class _Room:
+    """What a group needs to know that Ray Train does not pass on."""
 
-    lent: ClassVar[PlacementGroup | None] = None
-    """A placement group to use instead; the controller sets it in its process."""
+    lent: PlacementGroup | None
+    """Somebody else's placement group to use, instead of one of its own."""
+    collective_timeout_s: float
+
+
+class _Group(WorkerGroup):  # type: ignore[misc]  # Ray has no types
+    """Workers without a runtime environment, in a placement group that can be found after a crash.
+
+    They meet in a `Rendezvous` of this group's: one that died is replaced, and meets those that live.
+    """
+
+    room: ClassVar[_Room]
+    """The controller sets it in its process."""
+
+    _worker_group_state: Any  # Ray Train's own
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._rendezvous = Rendezvous(ray.util.get_node_ip_address())
+        self._places: list[Place] = []
+        super().__init__(*args, **kwargs)
 
     @staticmethod
     def _get_worker_runtime_env(custom_runtime_env: Mapping[str, Any]) -> dict[str, Any]:
         return dict(custom_runtime_env)
 
+    def _init_train_context(self, workers: list[Any], sync_actor: Any) -> None:
+        super()._init_train_context(workers, sync_actor)
+        if not self._places:  # all of them; one that is replaced has the place of the one before it
+            self._places = places([worker.metadata.node_id for worker in workers])
+        resources = self._worker_group_context.resources_per_worker
+        backend = "nccl" if resources.get("GPU") else "gloo"
+        seats = [
+            self._rendezvous.seat(
+                self._places[worker.distributed_context.world_rank],
+                backend=backend,
+                timeout_s=self.room.collective_timeout_s,
+            )
+            for worker in workers
+        ]
+        ray.get([worker.execute_async(take_seat, seat) for worker, seat in zip(workers, seats, strict=True)])
+
+    def meet(self) -> None:
+        """Let the workers, who have all started, form a process group."""
+        self._rendezvous.call()
+
+    @property
+    def has_all_its_room(self) -> bool:
+        """Whether every worker's bundle of the placement group is where it was: no node of it is gone."""
+        group = self.get_worker_group_state().placement_group_handle.placement_group
+        return bool(placement_group_table(group)["state"] == "CREATED")
+
+    def _replace_replica_group_impl(self, replica_group_index: int) -> None:
+        """Put a new worker in the place of a dead one.
+
+        Ray's own also asks every survivor to drop its reports, of which a run of ours has none, and waits without a
+        deadline for the answer: one that hangs would hold up everything.
+        """
+        group = self._replica_groups[replica_group_index]
+        (dead,) = group.get_workers()
+        if group.is_active():
+            ray.kill(dead.actor)
+        self._world_rank_to_ongoing_poll.pop(replica_group_index, None)
+        state, context = self._worker_group_state, self._worker_group_context
+        (worker,) = self._create_workers(
+            num_workers=1,
+            placement_group=state.placement_group_handle.placement_group,
+            resources_per_worker=context.resources_per_worker,
+            placement_group_bundle_indices=[dead.placement_group_bundle_index],
+            starting_world_rank=replica_group_index,
+            world_size=len(self._replica_groups),
+            replica_group_size=1,
+        )
+        self._worker_group_state = state.replace_workers([dead], [worker])
+        replacement = ReplicaGroup([worker], context.resources_per_worker, [])
+        self._replica_groups[replica_group_index] = replacement
+        try:
+            self._init_train_context([worker], state.sync_actor)
+        except RayActorError as error:
+            raise WorkerGroupStartupFailedError("a replacement died while it started") from error
+        replacement.start_training(context)
+
     def shutdown(self) -> None:
         """Let survivors of a lost worker end by themselves first: they commit what they hold."""
+        self._rendezvous.close()
         deadline = time.monotonic() + _RESCUE_S
         while self.has_started() and time.monotonic() < deadline:
             if not any(status.running for status in self._poll_workers_and_collect_errors(timeout=1.0)):
@@ -81,8 +159,8 @@ class _Group(WorkerGroup):  # type: ignore[misc]  # Ray has no types
         super().shutdown()
 
     def _create_placement_group(self, scaling_config: Any, context: Any) -> Any:
-        if self.lent is not None:
-            return _Lent(self.lent)
+        if self.room.lent is not None:
+            return _Lent(self.room.lent)
         return DefaultPlacementGroupHandle(
             placement_group(
                 [context.resources_per_worker] * context.num_workers,
@@ -120,19 +198,35 @@ class _Controller(TrainController):  # type: ignore[misc]
 
     worker_group_cls = _Group
 
-    def __init__(self, *, environment: Mapping[str, str], lent: PlacementGroup | None, **kwargs: Any) -> None:
+    def __init__(self, *, environment: Mapping[str, str], room: _Room, **kwargs: Any) -> None:
         # This process runs nothing else, so what is changed here concerns this run alone.
         os.environ.update(environment)
         worker_group_module.SynchronizationActor = _NoBarrier
         worker_group_state_module._shutdown_sync_actor = lambda _: None
-        _Group.lent = lent
+        _Group.room = room
         self._num_warm_owed = 1  # this process
         super().__init__(**kwargs)
 
     def _start_worker_group(self, num_workers: int, resources_per_worker: Resources) -> None:
         super()._start_worker_group(num_workers, resources_per_worker)
-        self._num_warm_owed += num_workers
-        asyncio.get_running_loop().call_later(_PAY_BACK_EVERY_S, self._pay_back_one)
+        self._worker_group.meet()
+        self._owe_warm(num_workers, _PAY_BACK_EVERY_S)
+
+    def _replace_bad_workers(self, poll_status: Any) -> None:
+        if not self._worker_group.has_all_its_room:  # a node is gone: what is left is granted anew
+            self._shutdown_worker_group()
+            self._start_worker_group(
+                self._scaling_policy.scaling_config.num_workers,
+                self._scaling_policy.scaling_config._resources_per_worker_not_none,
+            )
+            return
+        super()._replace_bad_workers(poll_status)
+        self._worker_group.meet()
+        self._owe_warm(len(poll_status.failing_replica_group_indices), _REFILL_AFTER_S)
+
+    def _owe_warm(self, count: int, delay_s: float) -> None:
+        self._num_warm_owed += count
+        asyncio.get_running_loop().call_later(delay_s, self._pay_back_one)
 
     async def _shutdown(self) -> Any:
         result = await super()._shutdown()
@@ -215,103 +309,43 @@ class _FixedWorkers(ScalingPolicy):  # type: ignore[misc]
         """Register with nobody: capacity was granted, and a pending placement group scales a cluster up."""
 
 
-@dataclass
-class ProcessGroup(TorchConfig):  # type: ignore[misc]
-    """torch.distributed with a finite timeout, whose sockets stay on the node's own address."""
+class _Seated(TorchConfig):  # type: ignore[misc]
+    """Tells Ray Train to replace the dead alone; the process group is ours, made in generations (`rendezvous`)."""
 
     @property
-    def backend_cls(self) -> type[_TorchBackend]:
-        return _ProcessGroupBackend
+    def backend_cls(self) -> type[_SeatedBackend]:
+        return _SeatedBackend
 
 
-class _ProcessGroupBackend(_TorchBackend):  # type: ignore[misc]
-    def on_start(self, worker_group: Any, backend_config: ProcessGroup) -> None:
-        # Ray's own picks a port, lets it go and hopes; torch's store then listens on every interface.
-        gpus = worker_group.get_resources_per_worker().get("GPU", 0)
-        backend = backend_config.backend or ("nccl" if gpus else "gloo")
-        address, port = worker_group.execute_single(
-            0, _open_store, len(worker_group), backend_config.timeout_s
-        )
-        ray.get(
-            [
-                worker_group.execute_single_async(
-                    rank, _join, backend, rank, len(worker_group), address, port, backend_config.timeout_s
-                )
-                for rank in range(len(worker_group))
-            ]
-        )
-
-    def on_shutdown(self, worker_group: Any, backend_config: ProcessGroup) -> None:
-        """Leave it: the processes end right after; a collective that lost its peer would be waited for."""
-
-
-_store: Any = None  # rank 0 owns the store for as long as its process lives
-
-
-def _open_store(world_size: int, timeout_s: float) -> tuple[str, int]:
-    """On rank 0: open the rendezvous store on a free port of this node's address."""
-    global _store
-    address = ray.util.get_node_ip_address()
-    listener = socket.create_server((address, 0), backlog=128)
-    port = listener.getsockname()[1]
-    _store = dist.TCPStore(  # type: ignore[attr-defined]
-        address,
-        port,
-        world_size,
-        is_master=True,
-        timeout=timedelta(seconds=timeout_s),
-        wait_for_workers=False,
-        master_listen_fd=listener.detach(),
-    )
-    return address, port
-
-
-def _join(backend: str, rank: int, world_size: int, address: str, port: int, timeout_s: float) -> None:
-    """On every rank: say who we are in the usual variables, and join the process group."""
-    timeout = timedelta(seconds=timeout_s)
-    context = ray.train.get_context()
-    os.environ.update(
-        MASTER_ADDR=address,
-        MASTER_PORT=str(port),
-        RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_RANK=str(context.get_local_rank()),
-        LOCAL_WORLD_SIZE=str(context.get_local_world_size()),
-        NODE_RANK=str(context.get_node_rank()),
-    )
-    if address.startswith("127."):
-        # Left alone, both bind what the host name resolves to.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    if (store := _store) is None:
-        store = dist.TCPStore(address, port, world_size, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+class _SeatedBackend(Backend):  # type: ignore[misc]
+    has_replica_groups = True
 
 
 class Trainer(TorchTrainer):  # type: ignore[misc]
     """`TorchTrainer` that hands its controller to ``watch`` instead of waiting for it.
 
-    ``environment`` is the controller's; ``lent`` a placement group for its workers, None to make one.
+    ``fn`` runs on every worker as in `rendezvous.run_in_generations`; ``environment`` is the controller's;
+    ``lent`` a placement group for its workers, None to make one; ``collective_timeout_s`` torch.distributed's.
     """
 
     def __init__(
         self,
-        *args: Any,
+        fn: Callable[[dict[str, Any]], None],
+        *,
         environment: Mapping[str, str],
         lent: PlacementGroup | None,
+        collective_timeout_s: float,
         watch: Callable[[Any], Any],
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(functools.partial(run_in_generations, fn), torch_config=_Seated(), **kwargs)
         self._environment = environment
-        self._lent = lent
+        self._room = _Room(lent, collective_timeout_s)
         self._watch = watch
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [
-            AcceleratorSetupCallback(self.backend_config, self.scaling_config),
-            BackendSetupCallback(self.backend_config),
-        ]
+        """None: seats do what the backend's does, and each worker keeps to the GPUs that Ray gave it."""
+        return []
 
     def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
         kwargs["scaling_policy"] = _FixedWorkers(self.scaling_config)
@@ -320,7 +354,7 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
             ray.remote(
                 num_cpus=0,
                 label_selector={ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()},
-            )(_Controller).remote(environment=self._environment, lent=self._lent, **kwargs)
+            )(_Controller).remote(environment=self._environment, room=self._room, **kwargs)
         )
 
 

@@ -28,7 +28,7 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 from shoal.capacity import Resources, wait_for_grant
 from shoal.config import Range
 from shoal.errors import ClusterError, DeadlineExceeded, ShoalError, WorkerLost
-from shoal.train.ray_edge import ProcessGroup, Trainer, found_no_room, is_worth_a_restart, keep_raylet_quiet
+from shoal.train.ray_edge import Trainer, found_no_room, is_worth_a_restart, keep_raylet_quiet
 
 _POLL_S = 0.2
 """How often the controller looks at its workers; a death is acted on that much later at worst."""
@@ -47,6 +47,7 @@ class Workers:
         fn: runs on every worker with ``config``, in a thread; ``torch.distributed`` is initialised there
             (gloo on CPU, nccl where a worker has a GPU) and RANK, WORLD_SIZE, LOCAL_RANK, ... are set. A
             module-level function travels by name. It sees OMP_NUM_THREADS as Ray set it: one worker's CPUs.
+            Where it raises `PeerLost` its process stays: it is called again when the dead were replaced.
         name: for Ray's pages and logs; need not be unique.
         workers: how many; the range is granted from what is free, again at each new start.
         resources_per_worker: Ray resources, such as ``{"CPU": 1}``.
@@ -170,7 +171,6 @@ class Workers:
         trainer = Trainer(
             self._fn,
             train_loop_config=self._config,
-            torch_config=ProcessGroup(timeout_s=self._collective_timeout_s),
             scaling_config=ScalingConfig(
                 num_workers=num_workers,
                 use_gpu=bool(self._resources_per_worker.get("GPU")),
@@ -191,6 +191,7 @@ class Workers:
                 "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
             },
             lent=self._placement_group,
+            collective_timeout_s=self._collective_timeout_s,
             watch=self._watch,
         )
         keep_raylet_quiet()
