@@ -30,7 +30,7 @@ from benchmarks.slices import Side, alternate, rates_by_round, stopped, wait_for
 from shoal.cluster.processes import find
 
 GOAL = 0.97
-ROUNDS = 10
+ROUNDS = 7
 SLICES = {"digits MLP": (1.0, 12), "transformer 10M": (4.0, 4)}
 """How long a slice is, in seconds, and how many pairs a round has."""
 SAVE_EVERY_S = 2.0
