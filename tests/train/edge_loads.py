@@ -59,14 +59,18 @@ def step_until_told(config: dict[str, Any]) -> None:
 
 
 def refuse(config: dict[str, Any]) -> None:
-    """Fail on rank 1 with an error that means something; rank 0 waits for it in vain."""
+    """Fail on rank 1 with an error that means something, and leave; rank 0 says that it lost a peer."""
     import torch
     import torch.distributed as dist
 
     note(config, refused=True)
     if dist.get_rank() == 1:
+        dist.destroy_process_group()
         raise RecipeError("the loss is NaN", traceback_text="in the recipe")
-    dist.all_reduce(torch.zeros(1))
+    try:
+        dist.all_reduce(torch.zeros(1))
+    except RuntimeError as err:
+        raise PeerLost("gone") from err
 
 
 def stumble(config: dict[str, Any]) -> None:
@@ -79,19 +83,6 @@ def step_with_peers(config: dict[str, Any]) -> None:
     """As `step_until_told`, but a lost peer is said to be one, as shoal's own collectives do."""
     try:
         step_until_told(config)
-    except RuntimeError as err:
-        raise PeerLost("gone") from err
-
-
-def refuse_with_peers(config: dict[str, Any]) -> None:
-    """As `refuse`, but rank 0 says that it lost a peer."""
-    import torch.distributed as dist
-
-    try:
-        refuse(config)
-    except RecipeError:
-        dist.destroy_process_group()
-        raise
     except RuntimeError as err:
         raise PeerLost("gone") from err
 
