@@ -139,7 +139,7 @@ class Train(Section):
     shards: Count = 8
     """Of an exact run, into how many shards every batch is divided; it is the most workers the run can have."""
     retries: Annotated[int, Field(ge=0)] = 5
-    """How often a run replaces lost workers before it gives up."""
+    """How often within an hour a run replaces lost workers before it gives up."""
     priority: Priority = 50
     """Who goes first when the cluster is full; higher wins."""
 

@@ -31,6 +31,7 @@ class RunBoundary:
         self._cadence = Cadence(target_steps=spec.target_steps, checkpoint_every_s=spec.checkpoint_every_s)
         self._best: float | None = None
         self._saved_step: int | None = None
+        self._evaluated: tuple[int, dict[str, float]] = (0, {})
         self._stop = False
         self._run = digest_of(record.identity())
         self._writer = (
@@ -69,6 +70,7 @@ class RunBoundary:
         values: dict[str, float] = {}
         if is_last or session.steps_done % self._spec.recipe.eval_every == 0:
             values = self._evaluate(session)
+            self._evaluated = session.steps_done, values
         is_best = self._is_new_best(values)
         if checkpoint or stop or is_last or is_best or (values and self._spec.checkpoint_at_eval):
             self._save(session, values)
@@ -102,11 +104,12 @@ class RunBoundary:
         """
         session.rewind()
         self.close()
+        step, values = self._evaluated
         path = checkpoint_path(self._record.checkpoints_dir, session.steps_done)
         if session.steps_done == 0 or path.exists() or self._record.state() == RunState.FINISHED:
             return
         try:
-            write_snapshot(path, self._snapshot(session, {}))
+            write_snapshot(path, self._snapshot(session, values if step == session.steps_done else {}))
         except (StorageError, RecipeError) as err:
             if not path.exists():  # else another survivor was faster
                 message = f"the step that a lost worker interrupted will be repeated: {err}"

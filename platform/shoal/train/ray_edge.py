@@ -48,6 +48,7 @@ from shoal.capacity import Resources
 from shoal.cluster.warm import add_warm_processes
 from shoal.errors import PeerLost, ShoalError
 from shoal.train.rendezvous import Place, Rendezvous, places, run_in_generations, take_seat
+from shoal.train.retries import Retries
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +210,7 @@ class _Controller(TrainController):  # type: ignore[misc]
 
     def _start_worker_group(self, num_workers: int, resources_per_worker: Resources) -> None:
         super()._start_worker_group(num_workers, resources_per_worker)
-        self._worker_group.meet()
+        self._meet()
         self._owe_warm(num_workers, _PAY_BACK_EVERY_S)
 
     def _replace_bad_workers(self, poll_status: Any) -> None:
@@ -221,8 +222,12 @@ class _Controller(TrainController):  # type: ignore[misc]
             )
             return
         super()._replace_bad_workers(poll_status)
-        self._worker_group.meet()
+        self._meet()
         self._owe_warm(len(poll_status.failing_replica_group_indices), _REFILL_AFTER_S)
+
+    def _meet(self) -> None:
+        self._worker_group.meet()
+        self._failure_policy.retries.started()
 
     def _owe_warm(self, count: int, delay_s: float) -> None:
         self._num_warm_owed += count
@@ -241,13 +246,18 @@ class _Controller(TrainController):  # type: ignore[misc]
             add_warm_processes(1)
             asyncio.get_running_loop().call_later(_PAY_BACK_EVERY_S, self._pay_back_one)
 
+    async def _step(self) -> Any:
+        pause_s, self._failure_policy.pause_s = self._failure_policy.pause_s, 0.0
+        await asyncio.sleep(pause_s)
+        return await super()._step()
+
     def num_failures(self) -> int:
         """How many times the group has failed so far."""
-        return int(self._failure_policy.num_failures)
+        return int(self._failure_policy.retries.num_failures)
 
 
 class _RestartOnDeath(FailurePolicy):  # type: ignore[misc]
-    """Start the group again when a worker dies, up to ``max_failures`` times; let errors with a meaning out.
+    """Start again when a worker dies, as often and as soon as `Retries` says; let errors with a meaning out.
 
     A `ShoalError` raised on a worker says what is wrong and would be raised again. Any other exception there
     is mostly a survivor that lost its peer in the middle of a collective.
@@ -255,14 +265,18 @@ class _RestartOnDeath(FailurePolicy):  # type: ignore[misc]
 
     def __init__(self, failure_config: FailureConfig) -> None:
         super().__init__(failure_config)
-        self.num_failures = 0
+        self.retries = Retries(failure_config.max_failures)
+        self.pause_s = 0.0
+        """What the controller waits before it acts on the decision."""
 
     def make_decision(self, training_failed_error: Exception) -> FailureDecision:
         if not is_worth_a_restart(training_failed_error):
             return FailureDecision.RAISE
-        self.num_failures += 1
-        may_retry = self.num_failures <= self.failure_config.max_failures
-        return FailureDecision.RETRY if may_retry else FailureDecision.RAISE
+        pause_s = self.retries.failed()
+        if pause_s is None:
+            return FailureDecision.RAISE
+        self.pause_s = pause_s
+        return FailureDecision.RETRY
 
 
 def is_worth_a_restart(error: Exception) -> bool:

@@ -6,6 +6,7 @@ ray at the top.
 
 from __future__ import annotations
 
+import enum
 import shutil
 import threading
 import uuid
@@ -29,6 +30,7 @@ from shoal.capacity import Resources, wait_for_grant
 from shoal.config import Range
 from shoal.errors import ClusterError, DeadlineExceeded, ShoalError, WorkerLost
 from shoal.train.ray_edge import Trainer, found_no_room, is_worth_a_restart, keep_raylet_quiet
+from shoal.train.retries import Retries
 
 _POLL_S = 0.2
 """How often the controller looks at its workers; a death is acted on that much later at worst."""
@@ -38,6 +40,15 @@ _ABORT_PATIENCE_S = 5.0
 
 _NUM_GRANTS = 5
 """How often room that was granted may be taken by somebody else before the workers were there."""
+
+
+class _End(enum.Enum):
+    """How a controller came to its end, other than by an error of its own."""
+
+    DONE = enum.auto()
+    NO_ROOM = enum.auto()
+    """Somebody else took what was granted."""
+    CONTROLLER_LOST = enum.auto()
 
 
 class Workers:
@@ -51,7 +62,7 @@ class Workers:
         name: for Ray's pages and logs; need not be unique.
         workers: how many; the range is granted from what is free, again at each new start.
         resources_per_worker: Ray resources, such as ``{"CPU": 1}``.
-        max_failures: how many times the group is started again after a worker died, over its whole life.
+        max_failures: how many times within an hour workers that died are replaced (`Retries`), and a controller is.
         storage_path: an existing folder; Ray Train leaves a small folder of its own under ``<storage_path>``.
         grant_wait_s: how long to wait for ``workers.min`` to be free.
         start_timeout_s: how long reserving room that was granted may take before it is granted anew. Takes
@@ -83,6 +94,7 @@ class Workers:
         self._workers = workers
         self._resources_per_worker = dict(resources_per_worker)
         self._max_failures = max_failures
+        self._controllers = Retries(max_failures)
         self._storage_path = storage_path
         self._grant_wait_s = grant_wait_s
         self._start_timeout_s = start_timeout_s
@@ -108,17 +120,20 @@ class Workers:
         Raises:
             RequestError: the workers can never fit into this cluster.
             DeadlineExceeded: no room for the least number of workers; says who holds it.
-            WorkerLost: workers died more than ``max_failures`` times.
+            WorkerLost: workers died more often than ``max_failures`` allows.
             ClusterError: the cluster does not answer.
             ShoalError: whatever ``fn`` raised of that kind.
         """
-        for _ in range(_NUM_GRANTS):
+        num_taken = 0
+        while num_taken < _NUM_GRANTS:
             granted = self._wait_for_grant()
             try:
-                if self._stop.is_set() or self._run_group(granted):
-                    return
+                end = _End.DONE if self._stop.is_set() else self._run_group(granted)
             finally:
                 self._clean_up()
+            if end is _End.DONE:
+                return
+            num_taken += end is _End.NO_ROOM
         raise DeadlineExceeded(
             f"run {self._name}: room for {self._workers} worker(s) was free {_NUM_GRANTS} times and taken by "
             f"somebody else each time before the workers were there. See `shoal status`, or try again."
@@ -146,18 +161,21 @@ class Workers:
             self._workers, self._resources_per_worker, wait_s=self._grant_wait_s, stop=self._stop
         )
 
-    def _run_group(self, num_workers: int) -> bool:
-        """Run one controller to its end; False when its workers found no room, so a new grant is needed."""
+    def _run_group(self, num_workers: int) -> _End:
+        """Run one controller to its end."""
+        self._controllers.started()
         error = self._fit(num_workers)
         if error is None or self._stop.is_set():
-            return True
+            return _End.DONE
         if isinstance(error, RayActorError):  # the controller died: its workers died with it
             self._num_failures += 1
-            if self._num_failures <= self._max_failures:
-                return False
-            raise WorkerLost(self._lost_message(error)) from error
+            pause_s = self._controllers.failed()
+            if pause_s is None:
+                raise WorkerLost(self._lost_message(error)) from error
+            self._stop.wait(pause_s)
+            return _End.CONTROLLER_LOST
         if found_no_room(error):
-            return False
+            return _End.NO_ROOM
         if isinstance(error, ControllerError) and not is_worth_a_restart(error):
             raise ClusterError(f"run {self._name}: Ray Train failed: {error.controller_failure}") from error
         if isinstance(error, WorkerGroupError):
@@ -179,7 +197,7 @@ class Workers:
             run_config=RunConfig(
                 name=self._ray_name,
                 storage_path=str(self._storage_path),
-                failure_config=FailureConfig(max_failures=self._max_failures - self._num_failures),
+                failure_config=FailureConfig(max_failures=self._max_failures),
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
             environment={
@@ -227,6 +245,6 @@ class Workers:
     def _lost_message(self, error: Exception) -> str:
         return (
             f"run {self._name}: its workers failed {self._num_failures} time(s), and {self._max_failures} "
-            f"restart(s) were allowed (`train: retries`). The last committed checkpoint is kept: the run goes on "
-            f"from it when it is started again. Last failure: {error}"
+            f"restart(s) within an hour were allowed (`train: retries`). The last committed checkpoint is kept: "
+            f"the run goes on from it when it is started again. Last failure: {error}"
         )
