@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import shoal
-from shoal.errors import CorruptError, RecipeError, StorageError
+from shoal.errors import CorruptError, PeerLost, RecipeError, StorageError
 from shoal.storage import MANIFEST, Storage, commit, verify
 from shoal.tracking import RunRecord, RunState
 from shoal.train import boundary, checkpoints
@@ -74,6 +74,23 @@ class Declining(Toy):
             with torch.no_grad():
                 session.model[0].weight *= 1.05
             session.step()
+
+
+def test_a_peer_lost_between_an_evaluation_and_its_checkpoint_costs_no_best_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(self: boundary.RunBoundary) -> None:
+        raise PeerLost("gone")
+
+    spec = spec_of(tmp_path, Declining())  # its best is at the first look, step 20
+    with monkeypatch.context() as patch:
+        patch.setattr(boundary.RunBoundary, "_wait_written", lose)
+        with pytest.raises(PeerLost):
+            train(spec)
+    record = train(spec)
+    assert record.events(("start",))[-1]["step"] == 20
+    assert checkpoint_path(record.checkpoints_dir, 20).exists(), "the best one is kept beside the newest two"
+    assert step_of(Run(record).best_checkpoint()) == 20
 
 
 def test_a_run_is_private_also_in_a_storage_folder_that_is_not(tmp_path: Path) -> None:
