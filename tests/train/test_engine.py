@@ -83,6 +83,7 @@ def test_a_peer_lost_between_an_evaluation_and_its_checkpoint_costs_no_best_mode
         raise PeerLost("gone")
 
     spec = spec_of(tmp_path, Declining())  # its best is at the first look, step 20
+    RunRecord(spec.storage, spec.name).claim_identity(spec.identity())
     with monkeypatch.context() as patch:
         patch.setattr(boundary.RunBoundary, "_wait_written", lose)
         with pytest.raises(PeerLost):
