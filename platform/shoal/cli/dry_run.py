@@ -47,7 +47,7 @@ def dry_run(recipe: Recipe, options: RunOptions) -> None:
         raise RequestError("--dry-run starts from fresh weights: leave --init-from out")
     spec = plan_run(recipe, options, config, storage, project=project_here())
     workers = options.worker_range(config)
-    torch.set_num_threads(1)  # as a worker on a cluster has
+    torch.set_num_threads(spec.threads or 1)  # as a worker on a cluster has
     notes = _resource_notes(config, workers)
     session, data, seconds = _one_step(spec)
     try:
@@ -119,7 +119,7 @@ def _ends(workers: Range) -> list[int]:
 
 
 def _checkpoint_bytes(session: Session) -> int:
-    """What a one-worker checkpoint holds: model, optimizer with its state after a step, random states."""
+    """What a one-worker checkpoint holds: model, and optimizer with its state after a step."""
     from shoal.train.checkpoints import take_snapshot
 
     snap = take_snapshot(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def launch(spec: RunSpec, *, workers: Range, resources_per_worker: Resources, retries: int) -> Run:
     """Start the run, or go on with it, or return it if it is finished. Returns at once.
 
-    The caller must be attached to a cluster. ``retries`` is how often workers that died are started again.
+    The caller must be attached to a cluster. ``retries`` is how often within an hour workers that died are replaced.
 
     Raises:
         IdentityError: the name belongs to a run with another identity.
