@@ -161,7 +161,7 @@ def workers(cluster: ClusterInfo, tmp_path: Path) -> Callable[..., Any]:
             getattr(edge_loads, load),
             {"notes": str(tmp_path)},
             name="tested",
-            workers=workers,
+            workers=lambda: workers,
             resources_per_worker={"CPU": 1},
             storage_path=tmp_path,
             **{"max_failures": 2, **options},

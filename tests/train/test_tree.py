@@ -15,7 +15,7 @@ from torch import nn
 from shoal.errors import RecipeError
 from shoal.train.buffers import Buffers
 from shoal.train.exchange import TreeSum
-from shoal.train.reduce import NUM_CONTROL, GradientBuckets
+from shoal.train.reduce import GradientBuckets, Wishes
 from shoal.train.tree import Node, additions_of, combine, nodes_of, share_of
 
 shard_counts = st.integers(1, 20)
@@ -128,21 +128,22 @@ def summed(num_workers: int, num_shards: int, values: torch.Tensor) -> list[torc
         for _ in range(2):  # the second step must not see the first
             for index, shard in enumerate(shards):
                 buckets.begin(index)
-                buckets.set_control(values[shard, 0], wants_checkpoint=index == 0, wants_stop=False)
+                wishes = Wishes(checkpoint=shard == 0, resize=shard == num_shards - 1)
+                buckets.set_control(values[shard, 0], wishes)
                 buckets.rider[torch.float32].add_(values[shard, 8:])
                 loss = model.used @ values[shard, :5]
                 if shard % 2 == 0:
                     loss = loss + model.sometimes @ values[shard, 5:8]
                 loss.backward()
                 buckets.end()
-            control = buckets.finish()
-        assert len(control) == NUM_CONTROL
+            loss, wishes = buckets.finish()
+        assert wishes == Wishes(checkpoint=True, resize=True), "what one wishes, all hear"
         results[rank] = torch.cat(
             [
                 model.used.grad,  # type: ignore[list-item]
                 model.sometimes.grad,  # type: ignore[list-item]
                 buckets.rider[torch.float32],
-                torch.tensor([control[0], control[1] / num_workers]),
+                torch.tensor([loss]),
             ]
         )
 
