@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,41 @@ def test_a_run_that_goes_on_shows_what_it_waits_for_not_what_was(
     for old in ("700", "1,234", "0.75"):
         assert old not in starting
     assert "700/2,000" in rest
+
+
+def test_a_resize_shows_where_it_was_committed_and_how_many_go_on(
+    record: RunRecord, capsys: pytest.CaptureFixture[str]
+) -> None:
+    driver = PlayedDriver(record)
+
+    def leave() -> None:
+        reach(record, 700, 0.75)
+        record.append("resize", step=710, **{"from": 2, "to": 1})
+
+    def go_on() -> None:
+        record.append("start", workers=1, pids=[], host="", step=710, target_steps=2000, source="checkpoint")
+
+    driver.scenes = [
+        1,
+        lambda: start(record, 0),
+        1,
+        leave,
+        1,
+        go_on,
+        1,
+        lambda: end(record, "stopped", 720),
+        1,
+    ]
+    Run(record, driver=driver).wait()
+    written = capsys.readouterr().out
+    first, committed, rest = written.partition("committed at step 710 to go on with 1 worker")
+    assert "2 workers" in first
+    assert committed
+    assert "resumed from step 710 on 1 worker\n" in rest
+    assert re.search(r"720/2,000\s+1 worker\b", rest)
+    assert "waiting for room for 2 workers" in rest.partition("resumed")[0], (
+        "what the driver of this test says"
+    )
 
 
 def test_before_there_is_room_a_run_waits_for_room(record: RunRecord, tmp_path: Path) -> None:

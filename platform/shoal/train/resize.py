@@ -27,9 +27,7 @@ def resize(record: RunRecord, workers: int | str | Range) -> Range:
     asked = Range.parse(workers)
     wish = _wish_of(record, asked)
     if asked.max > wish.most:
-        raise RequestError(
-            f"workers={asked}: {_limit_of(record, wish)}; it has {_current(record)} now. Ask for 1 to {wish.most}"
-        )
+        raise RequestError(f"workers={asked}: {_limit_of(record, wish)}; ask for 1 to {wish.most}")
     _check_fit(asked, wish.per_worker)
     record.resizing.ask(replace(wish, workers=asked))
     return asked
@@ -60,13 +58,8 @@ def _wish_of(record: RunRecord, asked: Range) -> Wish:
 def _limit_of(record: RunRecord, wish: Wish) -> str:
     shards = (record.identity() or {}).get("shards")
     if shards is None:
-        return f"the run's batches have {wish.most} samples, which is the most workers it can have"
-    return f"an exact run of {shards} shards takes at most {wish.most} workers"
-
-
-def _current(record: RunRecord) -> str:
-    current = record.summary().workers
-    return "none yet" if current is None else str(current)
+        return f"a batch of run {record.name!r} has {wish.most} samples, and no more workers can share it"
+    return f"run {record.name!r} is exact and has {shards} shards, and no more workers can share them"
 
 
 def _check_fit(asked: Range, per_worker: Resources) -> None:
