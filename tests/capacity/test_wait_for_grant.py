@@ -53,7 +53,9 @@ def wait(
 
 
 def test_whoever_holds_out_takes_less_only_when_the_rest_did_not_come(seconds: Iterator[float]) -> None:
-    assert wait(Cluster(1, 1, 3), Range(1, 3), seconds, hold_out_s=3) == 3
+    cluster = Cluster(1, 1, 3)
+    assert wait(cluster, Range(1, 3), seconds, hold_out_s=4) == 3
+    assert cluster.num_looks == 3, "there is nothing more to hold out for"
     assert wait(Cluster(1, 2), Range(1, 3), seconds, hold_out_s=3) == 2
     assert wait(Cluster(1, 3), Range(1, 3), seconds) == 1
 

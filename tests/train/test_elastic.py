@@ -107,6 +107,15 @@ def test_an_order_is_taken_back_when_the_room_is_gone(record: RunRecord) -> None
     assert record.resizing.ordered(1) is None
 
 
+def test_an_order_is_replaced_when_another_number_is_wished(record: RunRecord) -> None:
+    elastic = elastic_of(record, Range(3, 3), Cluster())
+    begin(record, 3)
+    for wished in (1, 2):
+        ask(record, Range(wished, wished))
+        elastic.look()
+        assert record.resizing.ordered(1) == wished
+
+
 def test_never_more_than_the_run_can_have(record: RunRecord) -> None:
     elastic = elastic_of(record, Range(1, 9), Cluster(free=20), most=2)
     begin(record, 1)
@@ -231,9 +240,10 @@ def driver_of(record: RunRecord, tmp_path: Path, workers: Range, **options: Any)
     return WorkersDriver(spec, record, workers, {"CPU": 1}, 0, **options)
 
 
-def run_to_end(driver: WorkersDriver) -> None:
+def run_to_end(driver: WorkersDriver, failure: type[Exception] | None = None) -> None:
     driver.start()
     wait_until(lambda: not driver.is_alive(), "the driver has ended")
+    assert type(driver.failure()) is (failure or type(None)), "what a scene asserted"
 
 
 def test_workers_that_left_for_another_number_start_again_with_it(
@@ -253,7 +263,6 @@ def test_workers_that_left_for_another_number_start_again_with_it(
 
     group.scenes = [first, second]
     run_to_end(driver)
-    assert driver.failure() is None
     assert group.wanted == [Range(2, 2), Range(1, 1)]
     assert group.held_out_s == [0.0, drivers.HOLD_OUT_S], "its own room is free a moment later"
     assert record.state() is RunState.FINISHED
@@ -310,9 +319,7 @@ def test_no_room_on_the_way_is_a_failure_that_is_recorded(
         raise DeadlineExceeded("no room for 1 worker(s)")
 
     group.scenes = [first, second]
-    driver = driver_of(record, tmp_path, Range(2, 2))
-    run_to_end(driver)
-    assert isinstance(driver.failure(), DeadlineExceeded)
+    run_to_end(driver_of(record, tmp_path, Range(2, 2)), DeadlineExceeded)
     assert (record.state(), record.step) == (RunState.FAILED, 40)
 
 

@@ -127,9 +127,7 @@ def test_a_resize_shows_where_it_was_committed_and_how_many_go_on(
     assert committed
     assert "resumed from step 710 on 1 worker\n" in rest
     assert re.search(r"720/2,000\s+1 worker\b", rest)
-    assert "waiting for room for 2 workers" in rest.partition("resumed")[0], (
-        "what the driver of this test says"
-    )
+    assert "resizing: waiting for room for 2 workers" in rest, "what the driver of this test says"
 
 
 def test_before_there_is_room_a_run_waits_for_room(record: RunRecord, tmp_path: Path) -> None:

@@ -18,8 +18,6 @@ def next_size(wish: Range, current: int, free_room: float) -> int:
     ``free_room`` is how many more would fit beside everybody, itself included (`policy.room`). Too many become the
     wish's most; of what is free it takes all that the wish allows, unless that is still less than the wish's least.
     """
-    if current > wish.max:
-        return wish.max
     most = int(min(current + free_room, wish.max))
     return most if most >= wish.min else current
 
