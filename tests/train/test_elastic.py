@@ -175,6 +175,8 @@ def test_on_the_way_it_wants_what_was_planned_and_will_do_with_what_it_had(recor
     assert elastic.wanted() == Range(1, 3)
     begin(record, 3, step=5)
     assert elastic.wanted() == Range(3, 3), "what is lost from now on is replaced by what is wished"
+    ask(record, Range(7, 7))
+    assert elastic.wanted() == Range(3, 7), "a wish that waits for room is no reason to end"
 
 
 def test_a_wish_that_cannot_be_read_changes_nothing(
@@ -185,9 +187,10 @@ def test_a_wish_that_cannot_be_read_changes_nothing(
     (record.dir / "workers.json").write_text("{")
     with caplog.at_level(logging.WARNING):
         elastic.look()
+        elastic.look()
     assert elastic.wanted() == Range(2, 2)
     assert record.resizing.ordered(1) is None
-    assert "still 2 workers are wished" in caplog.text
+    assert caplog.text.count("2 workers are wished as before") == 1
 
 
 def test_a_look_that_fails_is_tried_again(record: RunRecord) -> None:

@@ -23,7 +23,7 @@ def next_size(wish: Range, current: int, free_room: float) -> int:
 
 
 def restart_range(wish: Range, *, before: int, planned: int) -> Range:
-    """What a run that gave its room up for ``planned`` workers takes when it comes back: these, at the most.
+    """What a run that gave its room up, or lost it, takes when it comes back: ``planned`` workers at the most.
 
     Somebody may have been faster: with as many as it had ``before`` it goes on, be they fewer than the wish's least.
     """

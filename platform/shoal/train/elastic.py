@@ -35,6 +35,7 @@ class Elastic:
         self._order: tuple[int, int] | None = None
         """Attempt and number of the last order; what became of it is judged at the next attempt."""
         self._is_ordered = False
+        self._is_readable = True
 
     def begin(self) -> None:
         """Write down what the run is started with; from now on it can be asked for another number.
@@ -48,12 +49,13 @@ class Elastic:
         self._record.resizing.begin(self._wish)
 
     def wanted(self) -> Range:
-        """How many workers may start now."""
+        """How many workers may start now. Those that had begun go on with as many, be they fewer than is wished."""
         wish = self._read_wish().reachable
         seen = self._record.summary()
-        if seen.resize is None or not self._is_ours(seen):
+        if seen.workers is None or not self._is_ours(seen):
             return wish
-        return restart_range(wish, before=seen.resize["from"], planned=seen.resize["to"])
+        planned = wish.max if seen.resize is None else seen.resize["to"]
+        return restart_range(wish, before=seen.workers, planned=planned)
 
     def is_between(self) -> bool:
         """Whether the workers ended for another number to go on, and those have not begun."""
@@ -101,10 +103,16 @@ class Elastic:
         """The wish as it is now; if that cannot be read, as it was."""
         try:
             self._wish = self._record.resizing.wish() or self._wish
-        except EnvironmentFailure:
-            logger.warning(
-                "run %s: still %s workers are wished", self._record.name, self._wish.workers, exc_info=True
-            )
+            self._is_readable = True
+        except EnvironmentFailure as error:
+            if self._is_readable:
+                self._is_readable = False
+                logger.warning(
+                    "run %s: %s workers are wished as before: %s",
+                    self._record.name,
+                    self._wish.workers,
+                    error,
+                )
         return self._wish
 
 
