@@ -20,7 +20,8 @@ from projects import ROOT
 from shoal.storage import Storage
 from shoal.tracking import RunRecord
 
-KILLED = -signal.SIGKILL
+KILLED = int(-signal.SIGKILL)
+RAISED = 70
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,7 @@ def serve() -> None:
 def _fork(group: Group, rank: int, rendezvous: Path) -> int:
     if pid := os.fork():
         return pid
-    code = 70
+    code = RAISED
     try:
         _work(group, rank, rendezvous)
         code = 0
