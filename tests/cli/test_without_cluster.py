@@ -17,9 +17,10 @@ from command_line import Shoal
 from rich.text import Text
 
 from shoal.cli.training import show_result
+from shoal.config import Range
 from shoal.errors import ClusterError, NotFoundError, TrackingError
-from shoal.storage import Storage
-from shoal.tracking import RunRecord
+from shoal.storage import FileLock, Storage
+from shoal.tracking import RunRecord, Wish
 from shoal.train.run import Run
 from shoal.tune.record import SweepRecord, Trial, TrialState
 
@@ -199,6 +200,33 @@ def test_runs_shows_one_closely(project: Path, shoal: Shoal) -> None:
         assert text in out
 
 
+def test_a_run_that_does_not_train_is_not_resized(project: Path, shoal: Shoal) -> None:
+    write_run(project)
+    outcome = shoal("resize", "digits-1", "3")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "not being trained (finished at step 10)" in outcome.err
+    assert "--workers 3" in outcome.err
+
+
+def test_a_resize_is_wished_and_shown_until_it_happened(project: Path, shoal: Shoal) -> None:
+    record = write_run(project, ended=False)
+    with FileLock(record.driver_lock_path):
+        record.resizing.begin(Wish(workers=Range(1, 2), most=8, per_worker={"CPU": 1.0}))
+        assert re.search(r"^workers +2$", shoal("runs", "digits-1").out, re.M)
+        asked = shoal("resize", "digits-1", "3..4")
+        assert (asked.code, asked.err) == (0, "")
+        assert asked.out == "run digits-1: 3..4 workers are asked for, 2 there; see: shoal runs digits-1\n"
+        shown = shoal("runs", "digits-1").out
+        assert re.search(
+            r"^workers +2; 3..4 from the next step boundary at which there is room$", shown, re.M
+        )
+        refused = shoal("resize", "digits-1", "9")
+        assert (refused.code, refused.out) == (2, "")
+        assert "ask for 1 to 8" in refused.err
+    record.append("resize", step=12, **{"from": 2, "to": 3})
+    assert re.search(r"resize +step 12 +from 2 to 3 workers$", shoal("runs", "digits-1").out, re.M)
+
+
 def test_an_unknown_run_is_named_with_those_that_exist(project: Path, shoal: Shoal) -> None:
     write_run(project)
     outcome = shoal("runs", "digits-2")
@@ -236,6 +264,7 @@ def test_a_trial_that_its_scheduler_ended_reads_pruned_everywhere(project: Path,
         ("logs faces-ap", "faces-app"),
         ("stop digts-1", "digits-1"),
         ("stop my-sweeep", "my-sweep"),
+        ("resize digts-1 2", "digits-1"),
         ("train jobs.digits:Digit", "Digits"),
     ],
 )

@@ -183,12 +183,12 @@ def workers(cluster: ClusterInfo, tmp_path: Path) -> Callable[..., Any]:
 
     cloudpickle.register_pickle_by_value(edge_loads)  # this folder is on pytest's path, not on the workers'
 
-    def build(load: str, workers: Range = TWO, **options: Any) -> Workers:
+    def build(load: str, workers: Range | Callable[[], Range] = TWO, **options: Any) -> Workers:
         return Workers(
             getattr(edge_loads, load),
             {"notes": str(tmp_path)},
             name="tested",
-            workers=workers,
+            workers=workers if callable(workers) else lambda: workers,
             resources_per_worker={"CPU": 1},
             storage_path=tmp_path,
             **{"max_failures": 2, **options},
@@ -276,6 +276,37 @@ class TestOnACluster:
         monkeypatch.setattr(room, "wait_for_grant", lambda *_, **__: next(grants))
         workers("sum_ranks", ONE, start_timeout_s=1.0).run()
         assert [line["world"] for line in notes(tmp_path, 0)] == [1]
+
+    def test_a_group_that_ended_may_run_again_and_is_asked_how_many(
+        self, workers: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        wanted = iter([Range(2, 2), Range(1, 3)])
+        group = workers("sum_ranks", lambda: next(wanted))
+        group.run()
+        group.run(hold_out_s=DEADLINE_S)
+        assert [line["world"] for line in notes(tmp_path, 0)] == [2, 3], "it waits for its own room"
+
+    def test_workers_whose_room_was_taken_while_they_restart_go_on_with_fewer(
+        self, workers: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        import ray
+
+        @ray.remote(num_cpus=3)
+        class App:
+            def ready(self) -> bool:
+                return True
+
+        thread = InThread(workers("step_until_told", Range(1, 3), start_timeout_s=1.0))
+        wait_until(lambda: bool(notes(tmp_path, 2)), "the workers run")
+        replica = App.remote()  # one CPU is free: it waits for the workers'
+        os.kill(notes(tmp_path, 1)[0]["pid"], signal.SIGKILL)
+        ray.get(replica.ready.remote(), timeout=DEADLINE_S)
+        wait_until(lambda: len(notes(tmp_path, 0)) == 2, "the group runs again")
+        (tmp_path / "finish").touch()
+        thread.join(DEADLINE_S)
+        assert (thread.is_alive(), thread.error) == (False, None)
+        assert [len(notes(tmp_path, rank)) for rank in range(3)] == [2, 1, 1]
+        ray.kill(replica)
 
     def test_an_error_of_a_recipe_comes_out_as_it_is_and_at_once(
         self, workers: Callable[..., Any], tmp_path: Path

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from shoal.config import ClusterConfig, Range
     from shoal.recipe import Datasets, Recipe
     from shoal.train.options import RunOptions
+    from shoal.train.reduce import Wishes
     from shoal.train.session import Session
     from shoal.train.spec import RunSpec
 
@@ -20,13 +21,12 @@ if TYPE_CHECKING:
 class _OneStep:
     """The boundary of a run that ends after its first step and keeps nothing."""
 
-    def wants_checkpoint(self) -> bool:
-        return False
+    def wishes(self) -> Wishes:
+        from shoal.train.reduce import Wishes
 
-    def wants_stop(self) -> bool:
-        return False
+        return Wishes()
 
-    def after_step(self, session: Session, *, checkpoint: bool, stop: bool) -> bool:
+    def after_step(self, session: Session, wishes: Wishes) -> bool:
         return True
 
 

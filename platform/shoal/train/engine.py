@@ -1,4 +1,4 @@
-"""One worker's part of one run, from its first line in the record to its last. No Ray here."""
+"""One worker's part of one attempt at a run, from its first line in the record to its last. No Ray here."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOCK_TIMEOUT_S = 20.0
 
 
 def train_worker(spec: RunSpec, group: Group, *, on_eval: EvalListener | None = None) -> None:
-    """Take this worker's part in the run until it ends. Blocks.
+    """Take this worker's part in the run until it ends, or is to go on with another number of workers. Blocks.
 
     Whatever the recipe raises ends the run: it is recorded and *not* raised, because raising is how a worker
     asks to be started again. The record's last line tells how it ended.
@@ -117,10 +117,10 @@ class _HeldRun:
 
 
 def _has_ended(record: RunRecord, begin: int, *, timeout_s: float = 2.0) -> bool:
-    """True if a worker has recorded the end of this attempt; it may be a moment behind us."""
+    """True if a worker has recorded the end of this attempt, for good or not; it may be a moment behind us."""
     deadline = time.monotonic() + timeout_s
     while True:
-        if record.events(("end",), since=begin):
+        if record.events(("end", "resize"), since=begin):
             return True
         if time.monotonic() >= deadline:
             return False
