@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.quiet import wait_until_idle
-from benchmarks.ratios import paired_ratio
+from benchmarks.ratios import Ratio, paired_ratio
 from benchmarks.recovery_sides import SIDES
 from benchmarks.victims import RANKS, Recovery, Victims
 
@@ -40,115 +40,91 @@ STOP_DEADLINE_S = 60.0
 NUM_UNNOTICED = 2
 """After so many stopped workers that nobody replaced, the rest would only take time."""
 
+Rounds = Sequence[Mapping[str, Sequence[Recovery | None]]]
+"""What the kills of each round cost, by side; None where a side did not go on."""
 
-def kill_workers(side: str, ranks: Sequence[int]) -> list[Recovery | None]:
-    """Start the side anew and kill these ranks one after the other; None, and the end, where it did not go on."""
+
+def harm_workers(side: str, ranks: Sequence[int], number: int, deadline_s: float) -> list[Recovery | None]:
+    """Start the side anew and send these ranks a signal, one after the other; what each cost.
+
+    None for a rank that was not replaced within ``deadline_s``; the list then ends, unless a worker that was stopped
+    can be killed instead.
+    """
     found: list[Recovery | None] = []
     wait_until_idle()
     with tempfile.TemporaryDirectory(prefix="shoal-bench-", dir="/tmp") as name, SIDES[side](Path(name)):
         victims = Victims(Path(name))
         for rank in ranks:
             victims.wait_for_progress()
-            recovery = victims.harm(rank, signal.SIGKILL, RECOVERY_DEADLINE_S)
+            recovery = victims.harm(rank, number, deadline_s)
             found.append(recovery)
-            if recovery is None:
-                print(f"  {side}, rank {rank} killed: no step in {RECOVERY_DEADLINE_S:g} s", flush=True)
-                break
-            print(
-                f"  {side}, rank {rank} killed: {recovery.seconds:.2f} s, {recovery.steps_lost} step(s) lost",
-                flush=True,
-            )
-    return found
-
-
-def stop_workers(num_stops: int) -> list[float | None]:
-    """Seconds until a stopped worker of shoal's was replaced, each; None where it was not in `STOP_DEADLINE_S`."""
-    found: list[float | None] = []
-    wait_until_idle()
-    with tempfile.TemporaryDirectory(prefix="shoal-bench-", dir="/tmp") as name, SIDES["shoal"](Path(name)):
-        victims = Victims(Path(name))
-        for number in range(num_stops):
-            rank = RANKS[number % len(RANKS)]
-            victims.wait_for_progress()
-            recovery = victims.harm(rank, signal.SIGSTOP, STOP_DEADLINE_S)
-            found.append(None if recovery is None else recovery.seconds)
-            if recovery is not None:
-                print(f"  shoal, rank {rank} stopped: {recovery.seconds:.2f} s", flush=True)
-                continue
-            print(f"  shoal, rank {rank} stopped: not replaced in {STOP_DEADLINE_S:g} s; killed", flush=True)
-            if victims.harm(rank, signal.SIGKILL, RECOVERY_DEADLINE_S) is None:
-                break
-            if found.count(None) == NUM_UNNOTICED:
+            told = f"no step in {deadline_s:g} s" if recovery is None else str(recovery)
+            print(f"  {side}, {signal.Signals(number).name} to rank {rank}: {told}", flush=True)
+            if recovery is None and (
+                number == signal.SIGKILL
+                or found.count(None) == NUM_UNNOTICED
+                or victims.harm(rank, signal.SIGKILL, RECOVERY_DEADLINE_S) is None
+            ):
                 break
     return found
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
-    """The smallest of the values that at least ``percent`` % of them do not exceed."""
-    return sorted(values)[math.ceil(len(values) * percent / 100) - 1]
+    """The smallest of the values that at least ``percent`` % of them do not exceed; NaN for none."""
+    return sorted(values)[math.ceil(len(values) * percent / 100) - 1] if values else math.nan
 
 
-def seconds_by_round(rounds: Sequence[Mapping[str, Sequence[Recovery | None]]], side: str) -> list[float]:
-    """One time per round: the geometric mean of that round's recoveries; NaN for a round without any."""
-    found = []
+def compare(rounds: Rounds, side: str) -> Ratio | None:
+    """A peer's seconds over shoal's, by round; None unless both went on in two rounds or more."""
+    pairs = []
     for by_side in rounds:
-        seconds = [recovery.seconds for recovery in by_side[side] if recovery is not None]
-        found.append(statistics.geometric_mean(seconds) if seconds else math.nan)
-    return found
+        theirs, ours = ([one.seconds for one in by_side[each] if one is not None] for each in (side, "shoal"))
+        if theirs and ours:
+            pairs.append((statistics.geometric_mean(theirs), statistics.geometric_mean(ours)))
+    return paired_ratio(*zip(*pairs, strict=True)) if len(pairs) > 1 else None
 
 
-def print_kills(rounds: Sequence[Mapping[str, Sequence[Recovery | None]]]) -> bool:
+def print_kills(rounds: Rounds) -> bool:
     """Print the table; whether every goal was met by the sides that took part."""
-    table = Table(title="kill -9 of one of 2 workers, digits MLP: seconds to the next step")
-    for column in ("", "n", "p50", "p90", "lost p50", "lost most", "side / shoal [95 %]", "goal"):
-        table.add_column(column)
+    table = Table(
+        title=f"kill -9 of one of 2 workers, digits MLP, {len(rounds)} rounds: seconds to the next step"
+    )
+    for column in ("", "n", "p50", "p90", "lost p50, most", "x shoal [95 %]", "goal"):
+        table.add_column(column, no_wrap=True)
     verdicts = []
     for side in rounds[0]:
         recoveries = [recovery for by_side in rounds for recovery in by_side[side]]
         done = [recovery for recovery in recoveries if recovery is not None]
         failed = len(recoveries) - len(done)
-        ratio = goal = ""
-        is_met = True
+        lost = [recovery.steps_lost for recovery in done]
+        ratio = compare(rounds, side) if "shoal" in rounds[0] and side != "shoal" else None
+        goal = ""
         if side == "shoal":
-            is_met = not failed and all(recovery.steps_lost == 0 for recovery in done)
-            goal = "no step lost"
-        elif "shoal" in rounds[0]:
-            pairs = [
-                (theirs, ours)
-                for theirs, ours in zip(
-                    seconds_by_round(rounds, side), seconds_by_round(rounds, "shoal"), strict=True
-                )
-                if not math.isnan(theirs + ours)
-            ]
-            compared = paired_ratio(*zip(*pairs, strict=True)) if len(pairs) > 1 else None
-            ratio = str(compared or "needs 2 rounds")
-            if side in GOALS:
-                is_met = compared is not None and compared.low >= GOALS[side]
-                goal = f"at least {GOALS[side]:g}"
-        seconds = [recovery.seconds for recovery in done] or [math.nan]
-        lost: list[float] = [recovery.steps_lost for recovery in done] or [math.nan]
+            verdicts.append(failed == 0 and not any(lost))
+            goal = f"no step lost: {'met' if verdicts[-1] else 'NOT MET'}"
+        elif "shoal" in rounds[0] and side in GOALS:
+            verdicts.append(ratio is not None and ratio.low >= GOALS[side])
+            goal = f"at least {GOALS[side]:g} x: {'met' if verdicts[-1] else 'NOT MET'}"
         table.add_row(
             side,
             f"{len(done)}" + (f", {failed} failed" if failed else ""),
-            f"{percentile(seconds, 50):.2f}",
-            f"{percentile(seconds, 90):.2f}",
-            f"{percentile(lost, 50):.0f}",
-            f"{max(lost):.0f}",
-            ratio,
-            f"{goal}: {'met' if is_met else 'NOT MET'}" if goal else "",
+            f"{percentile([recovery.seconds for recovery in done], 50):.2f}",
+            f"{percentile([recovery.seconds for recovery in done], 90):.2f}",
+            f"{percentile(lost, 50):.0f}, {percentile(lost, 100):.0f}",
+            "" if ratio is None else f"{ratio.mean:.1f} [{ratio.low:.1f}, {ratio.high:.1f}]",
+            goal,
         )
-        verdicts.append(is_met)
     Console(width=100).print(table)
     return all(verdicts)
 
 
-def print_stops(stops: Sequence[float | None]) -> bool:
+def print_stops(stops: Sequence[Recovery | None]) -> bool:
     """Print what became of the stopped workers; whether each was replaced soon enough."""
-    replaced = [seconds for seconds in stops if seconds is not None]
-    is_met = len(replaced) == len(stops) and max(replaced) <= STOP_GOAL_S
-    times = f"p50 {percentile(replaced, 50):.2f} s, most {max(replaced):.2f} s; " if replaced else ""
+    seconds = [recovery.seconds for recovery in stops if recovery is not None]
+    is_met = len(seconds) == len(stops) and max(seconds) <= STOP_GOAL_S
+    times = f"p50 {percentile(seconds, 50):.2f} s, most {max(seconds):.2f} s; " if seconds else ""
     print(
-        f"worker stopped (SIGSTOP), shoal: {times}{len(replaced)} of {len(stops)} replaced "
+        f"worker stopped (SIGSTOP), shoal: {times}{len(seconds)} of {len(stops)} replaced "
         f"(goal: all within {STOP_GOAL_S:g} s) {'met' if is_met else 'NOT MET'}\n"
         f"stock Ray Train: {STOCK_STOP_S} s by its default (not measured)"
     )
@@ -179,10 +155,12 @@ def main() -> int:
         rounds.append({})
         for side in sides:
             mine = range(kills[side] * number // asked.rounds, kills[side] * (number + 1) // asked.rounds)
-            rounds[-1][side] = kill_workers(side, [RANKS[kill % len(RANKS)] for kill in mine])
+            ranks = [RANKS[kill % len(RANKS)] for kill in mine]
+            rounds[-1][side] = harm_workers(side, ranks, signal.SIGKILL, RECOVERY_DEADLINE_S)
     met = print_kills(rounds)
     if asked.stops:
-        met &= print_stops(stop_workers(asked.stops))
+        ranks = [RANKS[stop % len(RANKS)] for stop in range(asked.stops)]
+        met &= print_stops(harm_workers("shoal", ranks, signal.SIGSTOP, STOP_DEADLINE_S))
     return 0 if met else 1
 
 

@@ -35,6 +35,9 @@ class Recovery:
     steps_lost: int
     """Steps that every rank had completed and that were done again."""
 
+    def __str__(self) -> str:
+        return f"{self.seconds:.2f} s, {self.steps_lost} step(s) lost"
+
 
 class Victims:
     """The ranks of one run that notes its steps in ``folder``, to be harmed one after the other."""
