@@ -89,28 +89,27 @@ def print_kills(rounds: Rounds) -> bool:
     table = Table(
         title=f"kill -9 of one of 2 workers, digits MLP, {len(rounds)} rounds: seconds to the next step"
     )
-    for column in ("", "n", "p50", "p90", "lost p50, most", "x shoal [95 %]", "goal"):
+    for column in ("", "n", "p50", "p90", "steps lost", "/ shoal [95 %]", "goal"):
         table.add_column(column, no_wrap=True)
     verdicts = []
     for side in rounds[0]:
         recoveries = [recovery for by_side in rounds for recovery in by_side[side]]
         done = [recovery for recovery in recoveries if recovery is not None]
-        failed = len(recoveries) - len(done)
         lost = [recovery.steps_lost for recovery in done]
         ratio = compare(rounds, side) if "shoal" in rounds[0] and side != "shoal" else None
         goal = ""
         if side == "shoal":
-            verdicts.append(failed == 0 and not any(lost))
+            verdicts.append(None not in recoveries and not any(lost))
             goal = f"no step lost: {'met' if verdicts[-1] else 'NOT MET'}"
         elif "shoal" in rounds[0] and side in GOALS:
             verdicts.append(ratio is not None and ratio.low >= GOALS[side])
-            goal = f"at least {GOALS[side]:g} x: {'met' if verdicts[-1] else 'NOT MET'}"
+            goal = f"{GOALS[side]:g} or more: {'met' if verdicts[-1] else 'NOT MET'}"
         table.add_row(
             side,
-            f"{len(done)}" + (f", {failed} failed" if failed else ""),
+            str(len(done)) if len(done) == len(recoveries) else f"{len(done)} of {len(recoveries)}",
             f"{percentile([recovery.seconds for recovery in done], 50):.2f}",
             f"{percentile([recovery.seconds for recovery in done], 90):.2f}",
-            f"{percentile(lost, 50):.0f}, {percentile(lost, 100):.0f}",
+            f"p50 {percentile(lost, 50):.0f}, max {percentile(lost, 100):.0f}",
             "" if ratio is None else f"{ratio.mean:.1f} [{ratio.low:.1f}, {ratio.high:.1f}]",
             goal,
         )
