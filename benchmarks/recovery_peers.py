@@ -66,7 +66,7 @@ def train(folder: str, state: State | None, save: Callable[[State], None]) -> No
 
 
 def _rank_0_says(answer: bool) -> bool:
-    said = torch.tensor(answer)
+    said = torch.tensor(float(answer))
     dist.broadcast(said, src=0)
     return bool(said)
 

@@ -87,6 +87,7 @@ def _peer(arguments: Sequence[str], folder: Path, settings: Mapping[str, str]) -
     environment |= {
         processes.CLUSTER_ID: mark,
         "SPT_NOENV": "1",  # else Ray overwrites the mark with a process's title
+        "TMPDIR": str(folder),  # what a killed process cannot remove goes with the folder
         "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}",
         "RAY_AUTH_MODE": "disabled",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keeps Ray on loopback (ray-facts 28c)
