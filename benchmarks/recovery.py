@@ -29,7 +29,7 @@ from benchmarks.victims import RANKS, Recovery, Victims
 
 GOALS = {"stock": 8.0, "stock-best": 5.0}
 """Lower bounds for the peer's seconds over shoal's. torchrun is printed for information."""
-KILLS = {"shoal": 9, "stock": 3, "stock-best": 3, "torchrun": 3}
+KILLS = {"shoal": 6, "stock": 3, "stock-best": 3, "torchrun": 3}
 """In all rounds together, by default: what fits into about eight minutes."""
 STOP_GOAL_S = 12.0
 STOCK_STOP_S = 600
@@ -87,7 +87,7 @@ def compare(rounds: Rounds, side: str) -> Ratio | None:
 def print_kills(rounds: Rounds) -> bool:
     """Print the table; whether every goal was met by the sides that took part."""
     table = Table(
-        title=f"kill -9 of one of 2 workers, digits MLP, {len(rounds)} rounds: seconds to the next step"
+        title=f"kill -9 of one of 2 workers, digits MLP, {len(rounds)} round(s): seconds to the next step"
     )
     for column in ("", "n", "p50", "p90", "steps lost", "/ shoal [95 %]", "goal"):
         table.add_column(column, no_wrap=True)
