@@ -10,6 +10,7 @@ from shoal.tracking import RunRecord, RunState
 from shoal.train.cadence import Cadence
 from shoal.train.checkpoints import CheckpointWriter, Snapshot, take_snapshot, write_snapshot
 from shoal.train.group import Group
+from shoal.train.pulse import heart
 from shoal.train.resume import Beginning, facts
 from shoal.train.session import Session
 from shoal.train.spec import RunSpec, digest_of
@@ -78,6 +79,7 @@ class RunBoundary:
             self._on_eval(session.steps_done, values)  # last: it may take its time, or raise
         return is_last or stop
 
+    @heart.during("save")
     def finish(self, session: Session) -> None:
         """Write what is left and the run's last line."""
         if session.steps_done >= self._spec.target_steps and session.data.test is not None:
@@ -94,6 +96,7 @@ class RunBoundary:
             self._record.append_end(state, step=session.steps_done)
         self._group.share(None)  # nobody leaves before the last line is written
 
+    @heart.during("save")
     def rescue(self, session: Session) -> None:
         """After a peer was lost: commit the last step boundary, which every survivor has, so that no step is lost.
 
@@ -134,6 +137,7 @@ class RunBoundary:
         self._best = value
         return True
 
+    @heart.during("save")
     def _save(self, session: Session, values: dict[str, float]) -> None:
         if session.steps_done == self._saved_step:
             return
@@ -154,6 +158,7 @@ class RunBoundary:
             values=values,
         )
 
+    @heart.during("save")
     def _wait_written(self) -> None:
         """Wait on every rank until nothing is being written.
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from shoal.tracking import RunRecord
+from shoal.train.stall import stall_text
 
 PLAIN_INTERVAL_S = 5.0
 """Seconds between lines where there is no terminal."""
@@ -119,6 +120,8 @@ class _Feed:
             self.values = event["values"]
         elif kind == "eval" and event["split"] == "val":
             self.val = event["values"]
+        elif kind == "stall":
+            return stall_text(event)
         elif kind == "warning":
             return f"warning: {event['message']}"
         elif kind == "rejected":

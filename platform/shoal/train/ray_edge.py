@@ -28,6 +28,7 @@ import ray._private.worker as ray_worker_module
 import ray.train.v2._internal.execution.worker_group.state as worker_group_state_module
 import ray.train.v2._internal.execution.worker_group.worker_group as worker_group_module
 import torch.distributed as dist
+from ray.exceptions import RayError
 from ray.train import FailureConfig
 from ray.train.torch import TorchTrainer
 from ray.train.torch.config import TorchConfig, _TorchBackend
@@ -43,12 +44,18 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision, F
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision, ScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
+from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
+from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.util.placement_group import PlacementGroup, placement_group
 
 from shoal.capacity import Resources
 from shoal.cluster.warm import add_warm_processes
 from shoal.errors import PeerLost, ShoalError
+from shoal.train.pulse import heart
+from shoal.train.stacks import dump, dump_by_signal, place_of, stack_of
+from shoal.train.stall import OnStall, StallReport
+from shoal.train.watchdog import Stall, Watchdog, Why
 
 logger = logging.getLogger(__name__)
 
@@ -60,22 +67,141 @@ so a short run never pays, and a long one once. A new cluster has one to spare f
 _RESCUE_S = 30.0
 """How long the survivors of a lost worker may take to commit the step boundary that they hold."""
 
+_STACK_S = 1.0
+"""How long a worker may take to say where it stands; the controller waits for it."""
+
+_MAX_STACK = 20_000
+"""Characters of stacks in a report; the logs have all."""
+
+
+class _Worker(RayTrainWorker):  # type: ignore[misc]
+    """A worker that says more of itself whenever it is polled."""
+
+    def poll_status(self) -> WorkerStatus:
+        status = super().poll_status()
+        status.pulse = heart.read()
+        return status
+
+
+class _Watch:
+    """Carries out what the watchdog decides: looks where a worker stands, says so, and has it replaced.
+
+    Lives as long as the controller, over all groups.
+    """
+
+    def __init__(self, on_stall: OnStall | None, has_restart: Callable[[], bool]) -> None:
+        self.watchdog = Watchdog()
+        self._on_stall = on_stall
+        self._has_restart = has_restart
+
+    def look(self, statuses: list[WorkerStatus]) -> None:
+        """Take in the answers of one poll. Of a worker that did not answer yet Ray makes one up, without a pulse."""
+        answers = {
+            rank: getattr(status, "pulse", None)
+            for rank, status in enumerate(statuses)
+            if status.error is None
+        }
+        self.watchdog.look(answers, time.monotonic())
+
+    def act(self, workers: list[Any]) -> None:
+        """End the worker that hangs, if one does: its group then fails as at any death.
+
+        Blocks for `_STACK_S` at most, if none does for no time.
+        """
+        stall = self.watchdog.judge()
+        if stall is None:
+            return
+        is_replaced = self._has_restart()
+        stacks = _stacks_of(stall, workers)
+        report = _report(stall, workers, stacks, is_replaced=is_replaced)
+        logger.warning("%s", report)
+        if self._on_stall is not None:
+            try:
+                self._on_stall(report)
+            except Exception:  # a full disk, say: whatever it is, the worker hangs all the same
+                logger.exception("could not record that a worker hangs: %s", report)
+        if is_replaced:
+            ray.kill(workers[stall.victim].actor)
+
+
+def _stacks_of(stall: Stall, workers: list[Any]) -> dict[int, str]:
+    """The stack of each rank's training thread as far as it can be had within `_STACK_S`, else why not."""
+    if stall.why is Why.SILENT:
+        (rank,) = stall.ranks
+        where = workers[rank].metadata
+        if where.node_id != ray.get_runtime_context().get_node_id():
+            return {
+                rank: f"(no stack: the process is on {where.hostname}, another machine than its controller's)"
+            }
+        found = {rank: dump_by_signal(where.pid, timeout_s=_STACK_S)}
+    else:
+        asked = {workers[rank].execute_async(dump): rank for rank in stall.ranks}
+        done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_STACK_S)
+        found = {asked[ref]: _text(ref) for ref in done}
+    return {
+        rank: stack_of(text, stall.pulses[rank].thread if rank in stall.pulses else 0)
+        if (text := found.get(rank))
+        else "(no stack: the process did not react)"
+        for rank in stall.ranks
+    }
+
+
+def _text(answer: Any) -> str:
+    try:
+        return str(ray.get(answer))
+    except RayError:  # it died just now
+        return ""
+
+
+def _report(stall: Stall, workers: list[Any], stacks: dict[int, str], *, is_replaced: bool) -> StallReport:
+    pulse = stall.pulses.get(stall.victim)
+    length = _MAX_STACK // len(stall.ranks)
+    return StallReport(
+        ranks=list(stall.ranks),
+        pids=[workers[rank].metadata.pid for rank in stall.ranks],
+        step=pulse.steps if pulse else 0,
+        phase=pulse.phase if pulse else "set up",
+        seconds=round(stall.seconds, 1),
+        why=stall.why.value,
+        places=[place_of(stacks[rank]) for rank in stall.ranks],
+        stack="\n\n".join(f"rank {rank}: {stacks[rank][:length]}" for rank in stall.ranks),
+        replaced=is_replaced,
+    )
+
 
 class _Group(WorkerGroup):  # type: ignore[misc]  # Ray has no types
     """Workers without a runtime environment, in a placement group that can be found after a crash."""
 
     lent: ClassVar[PlacementGroup | None] = None
     """A placement group to use instead; the controller sets it in its process."""
+    watch: ClassVar[_Watch]
+    """The controller sets it, too."""
+    _worker_cls = _Worker
 
     @staticmethod
     def _get_worker_runtime_env(custom_runtime_env: Mapping[str, Any]) -> dict[str, Any]:
         return dict(custom_runtime_env)
 
+    def poll_status(self, timeout: float | None = None) -> WorkerGroupPollStatus:
+        status = super().poll_status(timeout)
+        self.watch.act(self.get_workers())
+        return status
+
+    def _poll_workers_and_collect_errors(self, timeout: float | None) -> list[WorkerStatus]:
+        statuses: list[WorkerStatus] = super()._poll_workers_and_collect_errors(timeout)
+        self.watch.look(statuses)
+        return statuses
+
     def shutdown(self) -> None:
-        """Let survivors of a lost worker end by themselves first: they commit what they hold."""
+        """Let survivors of a lost worker end by themselves first: they commit what they hold.
+
+        One that hangs, too, is not waited for.
+        """
         deadline = time.monotonic() + _RESCUE_S
         while self.has_started() and time.monotonic() < deadline:
-            if not any(status.running for status in self._poll_workers_and_collect_errors(timeout=1.0)):
+            statuses = self._poll_workers_and_collect_errors(timeout=0.2)
+            is_hopeless = self.watch.watchdog.is_hopeless
+            if not any(status.running and not is_hopeless(rank) for rank, status in enumerate(statuses)):
                 break
             time.sleep(0.02)
         super().shutdown()
@@ -120,16 +246,25 @@ class _Controller(TrainController):  # type: ignore[misc]
 
     worker_group_cls = _Group
 
-    def __init__(self, *, environment: Mapping[str, str], lent: PlacementGroup | None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        environment: Mapping[str, str],
+        lent: PlacementGroup | None,
+        on_stall: OnStall | None,
+        **kwargs: Any,
+    ) -> None:
         # This process runs nothing else, so what is changed here concerns this run alone.
         os.environ.update(environment)
         worker_group_module.SynchronizationActor = _NoBarrier
         worker_group_state_module._shutdown_sync_actor = lambda _: None
         _Group.lent = lent
+        _Group.watch = _Watch(on_stall, lambda: self._failure_policy.has_restart)
         self._num_warm_owed = 1  # this process
         super().__init__(**kwargs)
 
     def _start_worker_group(self, num_workers: int, resources_per_worker: Resources) -> None:
+        _Group.watch.watchdog.begin_group()
         super()._start_worker_group(num_workers, resources_per_worker)
         self._num_warm_owed += num_workers
         asyncio.get_running_loop().call_later(_PAY_BACK_EVERY_S, self._pay_back_one)
@@ -162,6 +297,11 @@ class _RestartOnDeath(FailurePolicy):  # type: ignore[misc]
     def __init__(self, failure_config: FailureConfig) -> None:
         super().__init__(failure_config)
         self.num_failures = 0
+
+    @property
+    def has_restart(self) -> bool:
+        """Whether one more failure would be retried."""
+        return bool(self.num_failures < self.failure_config.max_failures)
 
     def make_decision(self, training_failed_error: Exception) -> FailureDecision:
         if not is_worth_a_restart(training_failed_error):
@@ -291,7 +431,8 @@ def _join(backend: str, rank: int, world_size: int, address: str, port: int, tim
 class Trainer(TorchTrainer):  # type: ignore[misc]
     """`TorchTrainer` that hands its controller to ``watch`` instead of waiting for it.
 
-    ``environment`` is the controller's; ``lent`` a placement group for its workers, None to make one.
+    ``environment`` is the controller's; ``lent`` a placement group for its workers, None to make one; ``on_stall`` is
+    called in the controller's process of every worker that hangs.
     """
 
     def __init__(
@@ -299,12 +440,14 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
         *args: Any,
         environment: Mapping[str, str],
         lent: PlacementGroup | None,
+        on_stall: OnStall | None,
         watch: Callable[[Any], Any],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._environment = environment
         self._lent = lent
+        self._on_stall = on_stall
         self._watch = watch
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -320,7 +463,9 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
             ray.remote(
                 num_cpus=0,
                 label_selector={ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()},
-            )(_Controller).remote(environment=self._environment, lent=self._lent, **kwargs)
+            )(_Controller).remote(
+                environment=self._environment, lent=self._lent, on_stall=self._on_stall, **kwargs
+            )
         )
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from shoal.errors import RecipeError
 from shoal.train.exchange import Exchange, Pending
+from shoal.train.pulse import heart
 
 BUCKET_BYTES = 25 * 2**20
 """Size at which a bucket is sent while the backward pass goes on; DDP's default (Li et al., VLDB 2020)."""
@@ -158,7 +159,8 @@ class GradientBuckets:
         self._exchange.finish(self._pending)
         for bucket in self._buckets:
             bucket.release()
-        return self._control.tolist()
+        with heart.waiting:  # on a GPU the collectives have only been queued so far
+            return self._control.tolist()
 
     def close(self) -> None:
         """Take the hooks off the model."""
