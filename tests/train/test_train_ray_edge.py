@@ -60,6 +60,15 @@ RELIED_ON: list[tuple[str, str, tuple[str, ...]]] = [
         "WorkerGroup._create_workers",
         ("num_workers", "placement_group", "placement_group_bundle_indices"),
     ),
+    (f"{_V2}.execution.worker_group", "WorkerGroup._worker_cls", ()),
+    (f"{_V2}.execution.worker_group", "WorkerGroup.poll_status", ("timeout",)),
+    (f"{_V2}.execution.worker_group", "WorkerGroup._poll_workers_and_collect_errors", ("timeout",)),
+    (f"{_V2}.execution.worker_group", "WorkerGroup.get_workers", ()),
+    (f"{_V2}.execution.worker_group.poll", "WorkerStatus.__init__", ("running", "error")),
+    (f"{_V2}.execution.worker_group.worker", "RayTrainWorker.poll_status", ()),
+    (f"{_V2}.execution.worker_group.worker", "Worker.__init__", ("actor", "metadata")),
+    (f"{_V2}.execution.worker_group.worker", "Worker.execute_async", ("fn",)),
+    (f"{_V2}.execution.worker_group.worker", "ActorMetadata.__init__", ("hostname", "node_id", "pid")),
     (f"{_V2}.execution.failure_handling", "FailurePolicy.make_decision", ("training_failed_error",)),
     (f"{_V2}.execution.scaling_policy", "ScalingPolicy.make_decision_for_non_running_worker_group", ()),
     (f"{_V2}.execution.scaling_policy", "ScalingPolicy.make_decision_for_running_worker_group", ()),
@@ -86,6 +95,19 @@ def test_ray_still_has_what_the_edge_relies_on(module: str, name: str, parameter
     if parameters:
         has = inspect.signature(found).parameters
         assert set(parameters) <= set(has), f"{module}.{name} takes {list(has)}, we use {parameters}: {LOOK}"
+
+
+def test_a_workers_status_still_carries_what_we_add_to_it() -> None:
+    import pickle
+
+    from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
+
+    from shoal.train.pulse import heart
+
+    status = WorkerStatus(running=True)
+    assert not hasattr(status, "pulse"), f"what Ray makes up for one that does not answer has none: {LOOK}"
+    status.pulse = heart.read()
+    assert pickle.loads(pickle.dumps(status)).pulse == status.pulse, LOOK
 
 
 # --- what it decides ----------------------------------------------------------------------------------------

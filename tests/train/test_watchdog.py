@@ -177,7 +177,7 @@ def test_a_survivor_that_does_not_get_out_is_hopeless_unless_it_saves(
 
 def test_a_survivor_that_stopped_is_hopeless(play: Play) -> None:
     play.run({0: pulse()}, for_s=0.4)
-    play.run({0: None}, for_s=4)
+    play.run({0: None}, for_s=3)
     assert not play.dog.is_hopeless(0)
     play.run({0: None}, for_s=4)
     assert play.dog.is_hopeless(0)

@@ -195,13 +195,16 @@ class _Group(WorkerGroup):  # type: ignore[misc]  # Ray has no types
     def shutdown(self) -> None:
         """Let survivors of a lost worker end by themselves first: they commit what they hold.
 
-        One that hangs, too, is not waited for.
+        One that hangs, too, is not waited for, neither here nor by Ray.
         """
         deadline = time.monotonic() + _RESCUE_S
-        while self.has_started() and time.monotonic() < deadline:
+        while self.has_started():
             statuses = self._poll_workers_and_collect_errors(timeout=0.2)
-            is_hopeless = self.watch.watchdog.is_hopeless
-            if not any(status.running and not is_hopeless(rank) for rank, status in enumerate(statuses)):
+            running = {rank for rank, status in enumerate(statuses) if status.running}
+            hopeless = {rank for rank in running if self.watch.watchdog.is_hopeless(rank)}
+            if running == hopeless or time.monotonic() >= deadline:
+                for rank in running:
+                    ray.kill(self.get_workers()[rank].actor)
                 break
             time.sleep(0.02)
         super().shutdown()
