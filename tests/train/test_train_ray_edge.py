@@ -166,6 +166,95 @@ def test_no_room_goes_back_to_whoever_grants_it() -> None:
     assert decisions(5, ControllerError(WorkerGroupStartupFailedError("died at birth"))) == ["RETRY"]
 
 
+class ElsewhereWorker:
+    """A worker on another machine, as far as the watch looks at it."""
+
+    def __init__(self, rank: int) -> None:
+        from ray.train.v2._internal.execution.worker_group.worker import ActorMetadata
+
+        self.actor = f"actor {rank}"
+        self.metadata = ActorMetadata("far-away", "another node", "10.0.0.2", 4711, {})
+
+
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The actors that were killed, on a machine without Ray."""
+    from types import SimpleNamespace
+
+    from shoal.train import ray_edge
+
+    found: list[str] = []
+    here = SimpleNamespace(get_node_id=lambda: "this node")
+    monkeypatch.setattr(ray_edge.ray, "kill", found.append)
+    monkeypatch.setattr(ray_edge.ray, "get_runtime_context", lambda: here)
+    return found
+
+
+def watch_a_silent_rank(on_stall: Any, *, has_restart: bool) -> None:
+    from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
+
+    from shoal.train.pulse import Pulse
+    from shoal.train.ray_edge import _Watch
+
+    watch = _Watch(on_stall, lambda: has_restart)
+    answered = WorkerStatus(running=True)
+    answered.pulse = Pulse("step", 40, 0.0, True, 0.002, 0)
+    watch.look([answered, answered])
+    for now in range(10):
+        watch.watchdog.look({0: answered.pulse, 1: None}, 1e9 + now)  # on the test's clock, far ahead
+        watch.act([ElsewhereWorker(0), ElsewhereWorker(1)])
+
+
+def test_a_silent_worker_of_another_machine_is_replaced_without_a_stack(killed: list[str]) -> None:
+    reports: list[Any] = []
+    watch_a_silent_rank(reports.append, has_restart=True)
+    (report,) = reports
+    assert (report.ranks, report.pids, report.step, report.replaced) == ([1], [4711], 40, True)
+    assert "far-away, another machine" in report.stack
+    assert killed == ["actor 1"]
+
+
+def test_a_hang_that_cannot_be_recorded_is_ended_all_the_same(
+    killed: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(report: Any) -> None:
+        raise OSError("the disk is full")
+
+    watch_a_silent_rank(fail, has_restart=True)
+    assert killed == ["actor 1"]
+    assert "the disk is full" in caplog.text
+
+
+def test_without_a_restart_left_nothing_is_killed(killed: list[str]) -> None:
+    reports: list[Any] = []
+    watch_a_silent_rank(reports.append, has_restart=False)
+    assert [report.replaced for report in reports] == [False]
+    assert killed == []
+
+
+def test_what_ray_makes_up_for_a_silent_worker_is_no_answer_and_a_dead_one_is_none() -> None:
+    from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
+
+    from shoal.train.ray_edge import _Watch
+
+    seen: list[Any] = []
+    watch = _Watch(None, lambda: True)
+    watch.watchdog.look = lambda answers, now: seen.append(answers)  # type: ignore[method-assign]
+    watch.look([WorkerStatus(running=True), WorkerStatus(running=False, error=dead())])
+    assert seen == [{0: None}]
+
+
+def test_restarts_are_left_until_they_are_used_up() -> None:
+    from ray.train import FailureConfig
+
+    from shoal.train.ray_edge import _RestartOnDeath
+
+    policy = _RestartOnDeath(FailureConfig(max_failures=1))
+    assert policy.has_restart
+    policy.make_decision(on_workers(r1=dead()))
+    assert not policy.has_restart
+
+
 # --- what it does -------------------------------------------------------------------------------------------
 
 
