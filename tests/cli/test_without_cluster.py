@@ -22,6 +22,7 @@ from shoal.errors import ClusterError, NotFoundError, TrackingError
 from shoal.storage import FileLock, Storage
 from shoal.tracking import RunRecord, Wish
 from shoal.train.run import Run
+from shoal.train.stall import StallReport, record_stall
 from shoal.tune.record import SweepRecord, Trial, TrialState
 
 NO_CLUSTER = "error: no cluster of this project runs; start it: shoal up\n"
@@ -305,6 +306,14 @@ def test_logs_show_what_a_rank_printed(project: Path, shoal: Shoal) -> None:
     outcome = shoal("logs", "digits-1", "--rank", "3")
     assert outcome.code == 2
     assert "there are: 0" in outcome.err
+
+
+def test_logs_say_of_a_worker_that_hung(project: Path, shoal: Shoal) -> None:
+    report = StallReport([1], [4711], 7, "step", 5.2, "did not answer", [""], "", True)
+    record_stall(write_run(project), report)
+    outcome = shoal("logs", "digits-1")
+    assert outcome.out == "hello from rank 0\n"
+    assert outcome.err == "rank 1 (pid 4711) did not answer for 5 s after step 7: replaced\n"
 
 
 def test_logs_of_a_rank_that_printed_nothing_say_so_beside_the_output(project: Path, shoal: Shoal) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from shoal.config import Range
+from shoal.errors import EnvironmentFailure
 from shoal.storage import Storage
 from shoal.tracking import RunRecord
 from shoal.train import progress
@@ -14,6 +15,7 @@ from shoal.train import run as runs
 from shoal.train.driver import WorkersDriver
 from shoal.train.run import Run
 from shoal.train.spec import RunSpec
+from shoal.train.stall import StallReport, record_stall, stall_text
 from terminal import screen_of
 from toy import Toy
 
@@ -122,6 +124,33 @@ def test_a_resize_shows_where_it_was_committed_and_how_many_go_on(
         "step 720/2,000  loss 0.25  1 worker",
         "step 721/2,000  loss 0.25  1 worker",
     ]
+
+
+def hang(record: RunRecord) -> None:
+    report = StallReport(
+        [1], [4711], 1040, "step", 5.2, "did not move", ["model.py:12 in loss"], "rank 1: ...", True
+    )
+    record_stall(record, report)
+
+
+def test_a_worker_that_hung_is_said_once(record: RunRecord, capsys: pytest.CaptureFixture[str]) -> None:
+    driver = PlayedDriver(record)
+    driver.scenes = [1, lambda: start(record, 0), lambda: hang(record), 1, 1, lambda: start(record, 1040), 1]
+    with pytest.raises(EnvironmentFailure, match="interrupted"):
+        Run(record, driver=driver).wait()
+    line = "rank 1 (pid 4711, at model.py:12 in loss) did not move for 5 s after step 1,040: replaced"
+    assert capsys.readouterr().out.count(line) == 1
+
+
+def test_ranks_that_waited_for_each_other_are_all_named(record: RunRecord) -> None:
+    report = StallReport(
+        [0, 1], [7, 8], 30, "save", 20.4, "waited for each other", ["a.py:1 in f", ""], "", False
+    )
+    record_stall(record, report)
+    assert stall_text(record.events(("stall",))[0]) == (
+        "rank 0 (pid 7, at a.py:1 in f) and rank 1 (pid 8) waited for each other for 20 s after step 30 (save): "
+        "left alone, as no restart is left"
+    )
 
 
 def test_before_there_is_room_a_run_waits_for_room(record: RunRecord, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Event = dict[str, Any]
 """One journal line."""
 
-KINDS = frozenset({"start", "metrics", "eval", "checkpoint", "rejected", "warning", "resize", "end"})
+KINDS = frozenset({"start", "metrics", "eval", "checkpoint", "rejected", "warning", "stall", "resize", "end"})
 _MAX_TEXT = 40_000
 """Characters of a text; a line has at most a megabyte, and a character takes up to 12 bytes of JSON."""
 END_STATES = frozenset({"finished", "stopped", "failed"})

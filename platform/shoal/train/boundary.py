@@ -10,6 +10,7 @@ from shoal.tracking import RunRecord, RunState
 from shoal.train.cadence import Cadence
 from shoal.train.checkpoints import CheckpointWriter, Snapshot, take_snapshot, write_snapshot
 from shoal.train.group import Group
+from shoal.train.pulse import heart
 from shoal.train.reduce import Wishes
 from shoal.train.resume import Beginning, facts
 from shoal.train.session import Session
@@ -90,6 +91,7 @@ class RunBoundary:
             self._on_eval(session.steps_done, values)  # last: it may take its time, or raise
         return is_end or (wishes.resize and self._is_committed(session))
 
+    @heart.during("save")
     def finish(self, session: Session) -> None:
         """Write what is left and the attempt's last line."""
         if session.steps_done >= self._spec.target_steps and session.data.test is not None:
@@ -112,6 +114,7 @@ class RunBoundary:
         else:
             self._record.append_end(RunState.STOPPED, step=step)
 
+    @heart.during("save")
     def rescue(self, session: Session) -> None:
         """After a peer was lost: commit the last step boundary, which every survivor has, so that no step is lost.
 
@@ -153,6 +156,7 @@ class RunBoundary:
         self._best = value
         return True
 
+    @heart.during("save")
     def _save(self, session: Session, values: dict[str, float]) -> None:
         if session.steps_done == self._saved_step:
             return
@@ -173,6 +177,7 @@ class RunBoundary:
             values=values,
         )
 
+    @heart.during("save")
     def _wait_written(self) -> None:
         """Wait on every rank until nothing is being written.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from shoal.tracking import RunRecord, RunState, Wish, being_trained
 from shoal.train.elastic import Elastic, looking
 from shoal.train.run import Run
 from shoal.train.spec import RunSpec
+from shoal.train.stall import record_stall
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
@@ -191,6 +193,7 @@ class WorkersDriver:
             max_failures=self._retries,
             storage_path=_ray_folder(self._spec),
             placement_group=self._placement_group,
+            on_stall=partial(record_stall, self._record),
         )
         with self._lock:
             self._group = group
@@ -236,11 +239,12 @@ def train_on_worker(config: dict[str, Any]) -> None:
     from shoal.train.engine import train_worker
     from shoal.train.group import Group
     from shoal.train.output import captured_output, log_path
+    from shoal.train.stacks import dumps_on_signal
 
     spec: RunSpec = config["spec"]
     group = Group.current()
     record = RunRecord(spec.storage, spec.name)
-    with captured_output(log_path(record.logs_dir, group.rank)):
+    with captured_output(log_path(record.logs_dir, group.rank)), dumps_on_signal():
         train_worker(spec, group)
 
 

@@ -13,6 +13,7 @@ from shoal.storage import FileLock
 from shoal.tracking import RunRecord, RunState, being_trained
 from shoal.train.boundary import EvalListener, RunBoundary
 from shoal.train.group import Group
+from shoal.train.pulse import heart
 from shoal.train.resume import check_data, restore, warn_of_changed_code
 from shoal.train.seeds import derive_seed, seed_everything
 from shoal.train.session import Session
@@ -34,7 +35,7 @@ def train_worker(spec: RunSpec, group: Group, *, on_eval: EvalListener | None = 
     """
     record = RunRecord(spec.storage, spec.name)
     begin = record.end_offset
-    with _HeldRun(record, group):
+    with heart.attempt(), _HeldRun(record, group):
         try:
             _train(spec, group, record, on_eval)
         except PeerLost:

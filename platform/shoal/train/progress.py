@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from shoal.tracking import RunRecord
+from shoal.train.stall import stall_text
 
 PLAIN_INTERVAL_S = 5.0
 """Seconds between lines where there is no terminal."""
@@ -129,6 +130,8 @@ class _Feed:
         elif kind == "resize":
             self.is_resizing = True
             return f"committed at step {event['step']:,} to go on with {_workers_text(event['to'])}"
+        elif kind == "stall":
+            return stall_text(event)
         elif kind == "warning":
             return f"warning: {event['message']}"
         elif kind == "rejected":

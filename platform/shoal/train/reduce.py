@@ -15,6 +15,7 @@ from torch import nn
 
 from shoal.errors import RecipeError
 from shoal.train.exchange import Exchange, Pending
+from shoal.train.pulse import heart
 
 BUCKET_BYTES = 25 * 2**20
 """Size at which a bucket is sent while the backward pass goes on; DDP's default (Li et al., VLDB 2020)."""
@@ -169,7 +170,8 @@ class GradientBuckets:
         self._exchange.finish(self._pending)
         for bucket in self._buckets:
             bucket.release()
-        loss, *words = self._control.tolist()
+        with heart.waiting:  # on a GPU the collectives have only been queued so far
+            loss, *words = self._control.tolist()
         return loss, Wishes(*(word > 0 for word in words))
 
     def close(self) -> None:

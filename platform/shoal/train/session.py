@@ -23,6 +23,7 @@ from shoal.train.buffers import Buffers
 from shoal.train.group import Group
 from shoal.train.loader import batch_length, evaluation_loader, to_device, training_loader
 from shoal.train.order import DataOrder
+from shoal.train.pulse import heart
 from shoal.train.reduce import GradientBuckets, Wishes
 from shoal.train.scheme import exact, fast
 from shoal.train.seeds import derive_seed, seed_everything
@@ -215,8 +216,10 @@ class Session:
     def log(self, **values: float | torch.Tensor) -> None:
         """Record values of your own beside the loss; the mean over the steps since the last line is kept.
 
-        Rank 0's values are recorded. Does not block.
+        Rank 0's values are recorded. Does not block. Called during a long pause of a loop, also without values, it
+        tells the watchdog that this worker moves.
         """
+        heart.beat()
         if not self.group.is_first:
             return
         if self._progress.logged is None:
@@ -253,6 +256,7 @@ class Session:
         self._is_within_step = False
         self._progress.loss += loss
         self._progress.num_steps += 1
+        heart.step(self.steps_done)
 
     def take_progress(self) -> dict[str, float] | None:
         """Mean loss, own values and rate since the last call; None if no step was taken since."""
@@ -268,6 +272,7 @@ class Session:
         }
         return values | {name: sum(vs) / len(vs) for name, vs in (done.logged or {}).items()}
 
+    @heart.during("evaluate")
     def evaluate(self, dataset: Dataset[Any]) -> dict[str, float]:
         """Mean loss and recipe metrics over a dataset, each worker measuring its share. Blocks; same on all."""
         was_training = self.model.training
@@ -292,6 +297,7 @@ class Session:
             found |= self.recipe.metrics(self.model, batch)
             for name, value in found.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * weight
+            heart.beat()
         return sums, len(share)
 
     def close(self) -> None:

@@ -31,6 +31,7 @@ from shoal.config import Range
 from shoal.errors import ClusterError, DeadlineExceeded, ShoalError, WorkerLost
 from shoal.train.ray_edge import Trainer, found_no_room, is_worth_a_restart, keep_raylet_quiet
 from shoal.train.retries import Retries
+from shoal.train.stall import OnStall
 
 _POLL_S = 0.2
 """How often the controller looks at its workers; a death is acted on that much later at worst."""
@@ -71,6 +72,8 @@ class Workers:
         placement_group: one that the caller holds, whose bundle n is room for worker n. The workers start, and
             start again, in it instead of in room that is granted; it stays when they are gone. ``workers`` is
             then always one number, that of its bundles.
+        on_stall: told of every worker that hangs (`StallReport`), in the controller's process, before the worker is
+            replaced. It is pickled: keep what it holds small, as the controller imports it.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class Workers:
         start_timeout_s: float = 3.0,
         collective_timeout_s: float = 120.0,
         placement_group: PlacementGroup | None = None,
+        on_stall: OnStall | None = None,
     ) -> None:
         self._fn = fn
         self._config = config
@@ -100,6 +104,7 @@ class Workers:
         self._start_timeout_s = start_timeout_s
         self._collective_timeout_s = collective_timeout_s
         self._placement_group = placement_group
+        self._on_stall = on_stall
         # Ray Train resumes a name it has seen, from files it does not verify: each start gets a new one.
         self._ray_name = f"shoal-{name}-{uuid.uuid4().hex[:8]}"
         self._stop = threading.Event()
@@ -216,6 +221,7 @@ class Workers:
             },
             lent=self._placement_group,
             collective_timeout_s=self._collective_timeout_s,
+            on_stall=self._on_stall,
             watch=self._watch,
         )
         keep_raylet_quiet()
