@@ -65,10 +65,10 @@ def about(stall: Stall | None, why: Why, *ranks: int, seconds: float) -> bool:
 
 
 def test_a_stopped_rank_is_named_after_five_seconds(play: Play) -> None:
-    stall = play.run({0: pulse(waits=True), 1: None}, for_s=60)
+    stall = play.run({0: replace(pulse(waits=True), steps=41), 1: None}, for_s=60)
     assert about(stall, Why.SILENT, 1, seconds=5)
     assert stall is not None
-    assert stall.pulses[1].steps == 40
+    assert (stall.steps, stall.pulses[1].steps) == (41, 40)
 
 
 def test_a_rank_that_stopped_while_it_waited_is_named_and_not_its_peer(play: Play) -> None:
@@ -127,6 +127,15 @@ def test_set_up_may_hold_the_interpreters_lock_for_a_minute(play: Play) -> None:
     for seconds in (60, 60, 240):
         assert about(play.run({0: pulse("set up"), 1: None}, for_s=600), Why.SILENT, 1, seconds=seconds)
         play.restart()
+
+
+def test_set_up_is_over_for_one_that_was_last_heard_in_it_when_it_is_over_for_a_peer(play: Play) -> None:
+    play.restart()
+    play.run({0: pulse("set up"), 1: pulse("set up")}, for_s=0.4)
+    stall = play.run({0: pulse(waits=True, step_s=1.0), 1: None}, for_s=60)
+    assert about(stall, Why.SILENT, 1, seconds=10)
+    assert stall is not None
+    assert stall.phase == "step"
 
 
 def test_nothing_is_expected_of_those_that_are_done(play: Play) -> None:

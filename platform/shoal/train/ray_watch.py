@@ -94,13 +94,12 @@ def _text(answer: Any) -> str:
 
 
 def _report(stall: Stall, workers: list[Any], stacks: dict[int, str], *, is_replaced: bool) -> StallReport:
-    pulse = stall.pulses.get(stall.victim)
     length = _MAX_STACK // len(stall.ranks)
     return StallReport(
         ranks=list(stall.ranks),
         pids=[workers[rank].metadata.pid for rank in stall.ranks],
-        step=pulse.steps if pulse else 0,
-        phase=pulse.phase if pulse else "set up",
+        step=stall.steps,
+        phase=stall.phase,
         seconds=round(stall.seconds, 1),
         why=stall.why.value,
         places=[place_of(stacks[rank]) for rank in stall.ranks],

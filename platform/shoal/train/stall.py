@@ -15,7 +15,7 @@ class StallReport:
     ranks: list[int]
     pids: list[int]
     step: int
-    """Steps done by the one that is replaced; it hung in the next."""
+    """Steps done; it hung in the next."""
     phase: str
     seconds: float
     why: str

@@ -50,6 +50,9 @@ class Stall:
     ranks: tuple[int, ...]
     why: Why
     seconds: float
+    phase: Phase
+    steps: int
+    """Steps done. Of a silent rank its peers know better: its own count is that of when it last answered."""
     pulses: Mapping[int, Pulse]
     """The last that each of ``ranks`` said; none of one that never answered."""
 
@@ -98,10 +101,9 @@ class Watchdog:
         stall = self._silent() or self._still() or self._apart()
         if stall is not None:
             kind = Why.SILENT if stall.why is Why.SILENT else Why.STILL
-            steps = max((pulse.steps for pulse in self._pulses.values()), default=0)
-            if steps <= self._stalled_at[kind]:
+            if stall.steps <= self._stalled_at[kind]:
                 self._growth[kind] *= GROWTH
-            self._stalled_at[kind] = steps
+            self._stalled_at[kind] = stall.steps
             self._said[kind] *= GROWTH
         return stall
 
@@ -114,12 +116,14 @@ class Watchdog:
 
     def _silent(self) -> Stall | None:
         for rank, seconds in sorted(self._silent_s.items()):
-            pulse = self._pulses.get(rank)
-            limit_s = (
-                SILENCE_IN_SET_UP_S if pulse is None or pulse.phase == "set up" else _step_limit_s(pulse)
-            )
+            # A group sets up together: what a peer says beyond it holds for one that was last heard in it, too.
+            known = [self._pulses.get(rank), *self._pulses.values()]
+            pulse = next((pulse for pulse in known if pulse is not None and pulse.phase != "set up"), None)
+            limit_s = _step_limit_s(pulse) if pulse is not None else SILENCE_IN_SET_UP_S
             if seconds > limit_s * self._growth[Why.SILENT] * self._said[Why.SILENT]:
-                return self._stall([rank], Why.SILENT, seconds)
+                steps = max((pulse.steps for pulse in self._pulses.values()), default=0)
+                phase = pulse.phase if pulse is not None else "set up"
+                return Stall((rank,), Why.SILENT, seconds, phase, steps, self._said_by([rank]))
         return None
 
     def _still(self) -> Stall | None:
@@ -133,7 +137,8 @@ class Watchdog:
         worst = max(late, key=lambda rank: late[rank], default=None)
         if worst is None or late[worst] <= 1:
             return None
-        return self._stall([worst], Why.STILL, pulses[worst].age_s)
+        pulse = pulses[worst]
+        return Stall((worst,), Why.STILL, pulse.age_s, pulse.phase, pulse.steps, self._said_by([worst]))
 
     def _apart(self) -> Stall | None:
         pulses = self._answering
@@ -143,7 +148,9 @@ class Watchdog:
         age_s = min(pulse.age_s for pulse in pulses.values())
         if any(limit_s is None or age_s <= limit_s for limit_s in limits):
             return None
-        return self._stall(sorted(pulses), Why.APART, age_s)
+        ranks = sorted(pulses)
+        pulse = pulses[ranks[-1]]
+        return Stall(tuple(ranks), Why.APART, age_s, pulse.phase, pulse.steps, self._said_by(ranks))
 
     def _limit_s(self, pulse: Pulse, is_waited_for: bool) -> float | None:
         """How long this worker may be still; None for as long as it likes."""
@@ -155,9 +162,8 @@ class Watchdog:
             limit_s = _step_limit_s(pulse) * (1.0 if is_waited_for else GROWTH)
         return limit_s * self._growth[Why.STILL] * self._said[Why.STILL]
 
-    def _stall(self, ranks: list[int], why: Why, seconds: float) -> Stall:
-        pulses = {rank: self._pulses[rank] for rank in ranks if rank in self._pulses}
-        return Stall(tuple(ranks), why, seconds, pulses)
+    def _said_by(self, ranks: list[int]) -> dict[int, Pulse]:
+        return {rank: self._pulses[rank] for rank in ranks if rank in self._pulses}
 
 
 def _step_limit_s(pulse: Pulse) -> float:
