@@ -84,6 +84,8 @@ def test_a_rank_for_which_its_peers_wait_is_named_after_five_seconds(play: Play)
 def test_slow_steps_are_given_ten_of_them(play: Play) -> None:
     group = {0: pulse(waits=True, step_s=3.0), 1: pulse(step_s=3.0)}
     assert about(play.run(group, for_s=60), Why.STILL, 1, seconds=30)
+    play.restart()
+    assert play.run({0: pulse(step_s=3.0), 1: pulse(step_s=3.0)}, for_s=2) is None
     assert about(play.run({0: pulse(waits=True), 1: None}, for_s=60), Why.SILENT, 1, seconds=30)
 
 
@@ -136,6 +138,19 @@ def test_set_up_is_over_for_one_that_was_last_heard_in_it_when_it_is_over_for_a_
     assert about(stall, Why.SILENT, 1, seconds=10)
     assert stall is not None
     assert stall.phase == "step"
+
+
+def test_of_two_that_stopped_the_second_is_found_right_after_the_first_was_replaced(play: Play) -> None:
+    assert play.run({rank: pulse() for rank in range(3)}, for_s=2) is None
+    silent = {0: pulse(waits=True), 1: None, 2: None}
+    assert about(play.run(silent, for_s=60), Why.SILENT, 1, seconds=5)
+    assert about(play.run(silent, for_s=60), Why.SILENT, 2, seconds=5)
+    play.dog.begin_group([1])
+    assert play.run({0: pulse("done"), 1: pulse("set up"), 2: None}, for_s=60) is None, "it was told already"
+    play.dog.begin_group([2])
+    again = {0: pulse(waits=True), 1: None, 2: pulse(waits=True)}
+    assert play.run({rank: pulse(steps=60) for rank in range(3)}, for_s=2) is None
+    assert about(play.run(again, for_s=60), Why.SILENT, 1, seconds=5), "the limit has not grown"
 
 
 def test_nothing_is_expected_of_those_that_are_done(play: Play) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.capacity import Resources, grant, room, snapshot
+from shoal.cluster.imports import remember_imports
 from shoal.config.values import Range
 from shoal.errors import DeadlineExceeded
 from shoal.storage import FileLock, make_directories
@@ -234,6 +237,10 @@ class WorkersDriver:
         self._record.append_end(RunState.FAILED, step=self._record.step, failure=err)
 
 
+IMPORTS_KNOWN_S = (3.0, 30.0)
+"""When, after a worker's start, it has probably imported what its recipe needs; looked at then."""
+
+
 def train_on_worker(config: dict[str, Any]) -> None:
     """What runs in every worker process on the cluster."""
     from shoal.train.engine import train_worker
@@ -244,8 +251,30 @@ def train_on_worker(config: dict[str, Any]) -> None:
     spec: RunSpec = config["spec"]
     group = Group.current()
     record = RunRecord(spec.storage, spec.name)
-    with captured_output(log_path(record.logs_dir, group.rank)), dumps_on_signal():
+    with (
+        captured_output(log_path(record.logs_dir, group.rank)),
+        dumps_on_signal(),
+        _imports_noted(is_mine=group.is_first),
+    ):
         train_worker(spec, group)
+
+
+@contextmanager
+def _imports_noted(*, is_mine: bool) -> Iterator[None]:
+    """While a run trains, note what it imported, so that the process of a replacement has it already."""
+    ended = threading.Event()
+
+    def note() -> None:
+        for delay_s in IMPORTS_KNOWN_S:
+            if not ended.wait(delay_s):
+                remember_imports()
+
+    if is_mine:
+        threading.Thread(target=note, name="shoal-imports", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def _ray_folder(spec: RunSpec) -> Path:

@@ -18,7 +18,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -127,9 +127,9 @@ class _Group(WorkerGroup):  # type: ignore[misc]  # Ray has no types
         ]
         ray.get([worker.execute_async(take_seat, seat) for worker, seat in zip(workers, seats, strict=True)])
 
-    def meet(self) -> None:
-        """Let the workers, who have all started, form a process group."""
-        self.watch.watchdog.begin_group()
+    def meet(self, replaced: Iterable[int] | None = None) -> None:
+        """Let the workers, who have all started, form a process group; ``replaced`` are new, or all of them."""
+        self.watch.watchdog.begin_group(replaced)
         self._rendezvous.call()
 
     @property
@@ -250,7 +250,7 @@ class _Controller(TrainController):  # type: ignore[misc]
 
     def _start_worker_group(self, num_workers: int, resources_per_worker: Resources) -> None:
         super()._start_worker_group(num_workers, resources_per_worker)
-        self._meet()
+        self._meet(None)
         self._owe_warm(num_workers, _PAY_BACK_EVERY_S)
 
     def _replace_bad_workers(self, poll_status: Any) -> None:
@@ -262,11 +262,11 @@ class _Controller(TrainController):  # type: ignore[misc]
             )
             return
         super()._replace_bad_workers(poll_status)
-        self._meet()
+        self._meet(poll_status.failing_replica_group_indices)
         self._owe_warm(len(poll_status.failing_replica_group_indices), _REFILL_AFTER_S)
 
-    def _meet(self) -> None:
-        self._worker_group.meet()
+    def _meet(self, replaced: Iterable[int] | None) -> None:
+        self._worker_group.meet(replaced)
         self._failure_policy.retries.started()
 
     def _owe_warm(self, count: int, delay_s: float) -> None:

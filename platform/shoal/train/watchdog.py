@@ -6,7 +6,7 @@ others. What looks like a hang may be a loop that pauses on purpose, so stalls a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -67,17 +67,22 @@ class Watchdog:
 
     def __init__(self) -> None:
         self._growth = {Why.SILENT: 1.0, Why.STILL: 1.0}
-        self._stalled_at = {Why.SILENT: -1, Why.STILL: -1}
+        self._stalled_at: dict[object, int] = {}
         self.begin_group()
 
-    def begin_group(self) -> None:
-        """Other processes than before are watched from now on, at least some of them."""
-        self._pulses: dict[int, Pulse] = {}
-        self._silent_s: dict[int, float] = {}
+    def begin_group(self, replaced: Iterable[int] | None = None) -> None:
+        """Other processes than before are watched from now on: all, or those that ``replaced`` others."""
+        if replaced is None:
+            self._pulses: dict[int, Pulse] = {}
+            self._silent_s: dict[int, float] = {}
+            self._seen_at: float | None = None
+            self._told: set[int] = set()
+            """Whom a verdict was about already: it is being carried out."""
+        for rank in replaced or ():
+            self._pulses.pop(rank, None)
+            self._silent_s.pop(rank, None)
+            self._told.discard(rank)
         self._answering: dict[int, Pulse] = {}
-        self._seen_at: float | None = None
-        self._said = {Why.SILENT: 1.0, Why.STILL: 1.0}
-        """How much longer limits are in this group: a verdict is not said again while it is carried out."""
 
     def look(self, answers: Mapping[int, Pulse | None], now: float) -> None:
         """Take in what each rank that lives says; None of one whose answer has not come yet.
@@ -100,11 +105,13 @@ class Watchdog:
         """Who hangs by what was seen so far, if anybody. A verdict can make limits grow, so act on it, or say it."""
         stall = self._silent() or self._still() or self._apart()
         if stall is not None:
-            kind = Why.SILENT if stall.why is Why.SILENT else Why.STILL
-            if stall.steps <= self._stalled_at[kind]:
-                self._growth[kind] *= GROWTH
-            self._stalled_at[kind] = stall.steps
-            self._said[kind] *= GROWTH
+            is_silent = stall.why is Why.SILENT
+            # Several processes may stop at once; that a loop pauses concerns them all.
+            whose = stall.victim if is_silent else Why.STILL
+            if stall.steps <= self._stalled_at.get(whose, -1):
+                self._growth[Why.SILENT if is_silent else Why.STILL] *= GROWTH
+            self._stalled_at[whose] = stall.steps
+            self._told.add(stall.victim)
         return stall
 
     def is_hopeless(self, rank: int) -> bool:
@@ -120,7 +127,7 @@ class Watchdog:
             known = [self._pulses.get(rank), *self._pulses.values()]
             pulse = next((pulse for pulse in known if pulse is not None and pulse.phase != "set up"), None)
             limit_s = _step_limit_s(pulse) if pulse is not None else SILENCE_IN_SET_UP_S
-            if seconds > limit_s * self._growth[Why.SILENT] * self._said[Why.SILENT]:
+            if seconds > limit_s * self._growth[Why.SILENT] and rank not in self._told:
                 steps = max((pulse.steps for pulse in self._pulses.values()), default=0)
                 phase = pulse.phase if pulse is not None else "set up"
                 return Stall((rank,), Why.SILENT, seconds, phase, steps, self._said_by([rank]))
@@ -132,7 +139,9 @@ class Watchdog:
         late = {
             rank: pulse.age_s / limit_s
             for rank, pulse in pulses.items()
-            if not pulse.is_waiting and (limit_s := self._limit_s(pulse, is_waited_for)) is not None
+            if rank not in self._told
+            and not pulse.is_waiting
+            and (limit_s := self._limit_s(pulse, is_waited_for)) is not None
         }
         worst = max(late, key=lambda rank: late[rank], default=None)
         if worst is None or late[worst] <= 1:
@@ -142,7 +151,12 @@ class Watchdog:
 
     def _apart(self) -> Stall | None:
         pulses = self._answering
-        if not pulses or any(self._silent_s.values()) or not all(p.is_waiting for p in pulses.values()):
+        if (
+            not pulses
+            or self._told
+            or any(self._silent_s.values())
+            or not all(p.is_waiting for p in pulses.values())
+        ):
             return None
         limits = [self._limit_s(pulse, False) for pulse in pulses.values()]
         age_s = min(pulse.age_s for pulse in pulses.values())
@@ -160,7 +174,7 @@ class Watchdog:
         if limit_s is None:
             # Peers that wait are evidence; where nobody waits for it, only time speaks: all may well be pausing.
             limit_s = _step_limit_s(pulse) * (1.0 if is_waited_for else GROWTH)
-        return limit_s * self._growth[Why.STILL] * self._said[Why.STILL]
+        return limit_s * self._growth[Why.STILL]
 
     def _said_by(self, ranks: list[int]) -> dict[int, Pulse]:
         return {rank: self._pulses[rank] for rank in ranks if rank in self._pulses}
