@@ -396,10 +396,11 @@ class TestOnACluster:
             def ready(self) -> bool:
                 return True
 
-        thread = InThread(workers("step_until_told", Range(1, 3), start_timeout_s=1.0))
+        group = workers("step_until_told", Range(1, 3), start_timeout_s=1.0)
+        thread = InThread(group)
         wait_until(lambda: bool(notes(tmp_path, 2)), "the workers run")
         replica = App.remote()  # one CPU is free: it waits for the workers'
-        os.kill(notes(tmp_path, 1)[0]["pid"], signal.SIGKILL)
+        ray.kill(group._controller)  # a worker's death would leave them their room
         ray.get(replica.ready.remote(), timeout=DEADLINE_S)
         wait_until(lambda: len(notes(tmp_path, 0)) == 2, "the group runs again")
         (tmp_path / "finish").touch()
