@@ -7,7 +7,8 @@ import math
 
 import pytest
 
-from shoal.errors import InternalError, RequestError
+from shoal.errors import InternalError
+from shoal.recipe import maximize, minimize
 from shoal.tracking.journal import Folded, RunState, best_by, encode, metrics_frame, parse
 
 START = {"kind": "start", "step": 0, "target_steps": 10, "workers": 2, "t": 1.0}
@@ -142,9 +143,7 @@ def test_best_by_takes_the_earliest_of_equals_never_nan_and_the_later_line_of_a_
         evaluation(5, accuracy=1.0),
         evaluation(2, loss=0.7),
     ]
-    assert best_by(lines, "loss", "min")["step"] == 3
-    assert best_by(lines, "loss", "max")["step"] == 2
-    assert best_by(lines, "f1", "max") is None
-    assert best_by([evaluation(1, loss=math.nan)], "loss", "max") is None
-    with pytest.raises(RequestError, match="'max' or 'min'"):
-        best_by(lines, "loss", "best")
+    assert best_by(lines, minimize("loss"))["step"] == 3
+    assert best_by(lines, maximize("loss"))["step"] == 2
+    assert best_by(lines, maximize("f1")) is None
+    assert best_by([evaluation(1, loss=math.nan)], maximize("loss")) is None

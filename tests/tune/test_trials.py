@@ -13,6 +13,7 @@ import pytest
 from searched import Line
 
 from shoal.errors import CorruptError, IdentityError, NotFoundError, RequestError, StorageError
+from shoal.recipe import minimize
 from shoal.storage import Storage, append_line
 from shoal.tracking import RunRecord, RunState
 from shoal.train.spec import RunSpec
@@ -99,7 +100,7 @@ def test_trials_are_runs_in_the_record(storage: Storage) -> None:
     assert run.identity() == make_plan(storage).spec(1, trial.fields).identity()
     train(storage, trial)
     booked = trials.ended(1)
-    best = run.best("error", "min")
+    best = run.best(minimize("error"))
     assert best is not None
     assert booked.state is TrialState.FINISHED
     assert (booked.value, booked.values, booked.step) == (best["values"]["error"], best["values"], 40)

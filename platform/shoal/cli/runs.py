@@ -72,7 +72,7 @@ def _facts_of(record: RunRecord, pruned: Container[str]) -> tuple[Any, ...]:
 
     objective, best = objective_of(record), None
     if objective is not None:
-        best = record.best(objective.metric, objective.mode)
+        best = record.best(objective)
     starts = record.events(("start",))
     target = record.target_steps
     return (

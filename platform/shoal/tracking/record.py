@@ -20,6 +20,7 @@ from shoal.errors import (
     RequestError,
     ShoalError,
 )
+from shoal.recipe import Objective
 from shoal.storage import (
     MAX_LINE_BYTES,
     FileLock,
@@ -284,14 +285,14 @@ class RunRecord:
         event = self._catch_up().evals.get(split)
         return None if event is None else dict(event["values"])
 
-    def best(self, metric: str, mode: str) -> Event | None:
-        """The ``eval`` line on ``val`` with the best ``metric``; ``mode`` is ``max`` or ``min``."""
+    def best(self, objective: Objective) -> Event | None:
+        """The ``eval`` line on ``val`` that is best by ``objective``; None before it was measured."""
         evals = (event for event in self.iter_events(("eval",)) if event["split"] == "val")
-        return best_by(evals, metric, mode)
+        return best_by(evals, objective)
 
-    def best_checkpoint(self, metric: str, mode: str) -> Event | None:
-        """The ``checkpoint`` line with the best ``metric`` of those that still exist (not verified here)."""
-        return best_by(self.checkpoints(), metric, mode)
+    def best_checkpoint(self, objective: Objective) -> Event | None:
+        """The best ``checkpoint`` line by ``objective`` of those that still exist (not verified here)."""
+        return best_by(self.checkpoints(), objective)
 
     def checkpoints(self) -> list[Event]:
         """The ``checkpoint`` lines of those that still exist and were not found damaged since, oldest first."""

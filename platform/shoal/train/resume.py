@@ -121,7 +121,7 @@ def facts(spec: RunSpec, group: Group) -> dict[str, Any]:
 
 def _best_recorded(spec: RunSpec, record: RunRecord) -> tuple[int, float] | None:
     objective = spec.recipe.objective
-    best = record.best_checkpoint(objective.metric, objective.mode)
+    best = record.best_checkpoint(objective)
     return None if best is None else (int(best["step"]), float(best["values"][objective.metric]))
 
 

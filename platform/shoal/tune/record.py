@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -224,6 +224,19 @@ def state_word(run: RunRecord, pruned: Container[str]) -> str:
     return str(state)
 
 
+def best_trial(trials: Iterable[Trial], objective: Objective) -> Trial | None:
+    """The best by ``objective`` of the trials that are done, else of all; the earliest among equals.
+
+    None when no trial has measured it. One that failed is never the best.
+    """
+    measured = [trial for trial in trials if trial.value is not None and trial.state is not TrialState.FAILED]
+    best: Trial | None = None
+    for trial in [trial for trial in measured if trial.state.is_final] or measured:
+        if trial.value is not None and objective.is_better(trial.value, best.value if best else None):
+            best = trial
+    return best
+
+
 def run_of(sweep: str, number: int) -> str:
     """The name of a trial's run."""
     return f"{sweep}-t{number:03d}"
@@ -242,7 +255,7 @@ def seen_in_journal(trial: Trial, run: RunRecord, objective: Objective) -> Trial
 
     The journal is what a trial's process wrote itself, so nothing is lost when the sweep's driver dies.
     """
-    best = run.best(objective.metric, objective.mode)
+    best = run.best(objective)
     values = dict(best["values"]) if best else {}
     summary = run.summary()
     trial = replace(trial, step=summary.step, values=values, value=values.get(objective.metric))

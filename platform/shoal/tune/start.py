@@ -33,11 +33,8 @@ def start_sweep(
 ) -> Sweep:
     """Search ``space`` for the recipe's best fields; returns at once.
 
-    The recipe's own fields are what the space does not name. Optuna's TPE chooses; with ``scheduler="asha"``
-    trials that are worse than others at the same step end early; with ``"pbt"`` ``trials`` is a population that
-    trains side by side, in which a trial among the worst is replaced by a copy of one among the best with fields
-    changed a little, a new run that goes on from the other's checkpoint. The same call goes on with a sweep that
-    was stopped or killed, and returns one that is done.
+    The recipe's own fields are what the space does not name. The same call goes on with a sweep that was stopped
+    or killed, and returns one that is done.
 
     Raises:
         RequestError: a search that is impossible as asked, or that is being run already; nothing was started.
