@@ -221,7 +221,8 @@ def write_package_at(directory: Path, version: int) -> Any:
         metrics={},
         created=0.0,
     )
-    return write_package(directory, Digits().build_model(), model="digits", version=version, lineage=lineage)
+    weights = Digits().build_model().state_dict()
+    return write_package(directory, weights, model="digits", version=version, lineage=lineage)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ from shoal.errors import CorruptError, IdentityError, NotFoundError, RequestErro
 from shoal.recipe import minimize
 from shoal.storage import Storage, append_line
 from shoal.tracking import RunRecord, RunState
-from shoal.train.spec import RunSpec
+from shoal.train.spec import EvalListener, RunSpec
 from shoal.tune.record import SweepRecord, Trial, TrialState, run_of
 from shoal.tune.search import Search
 from shoal.tune.space import loguniform
 from shoal.tune.sweep import Sweep, best_of, open_sweep
-from shoal.tune.trial import OnEval, TrialPlan, TrialRun, train_here
+from shoal.tune.trial import TrialPlan, TrialRun, train_here
 from shoal.tune.trials import HOPELESS_AFTER, Trials
 
 SPACE = {"lr": loguniform(1e-3, 1e-1)}
@@ -84,7 +84,7 @@ def test_a_trial_that_is_stopped_commits_and_says_so(storage: Storage) -> None:
 
 
 def test_a_machine_failure_reaches_the_caller(storage: Storage) -> None:
-    def fail(spec: RunSpec, on_eval: OnEval) -> None:
+    def fail(spec: RunSpec, on_eval: EvalListener) -> None:
         raise StorageError("the disk is gone")
 
     with pytest.raises(StorageError, match="the disk is gone"):

@@ -49,7 +49,7 @@ def _check(path: Path | None, target: str | None, overrides: list[str]) -> None:
     facts = {"cluster": config.name, "target": config.target, "storage": config.storage}
     if config.target == "local":
         plan = plan_local(config, Machine.here())
-        facts["becomes"] = f"{plan.cpus} CPUs, {plan.gpus} GPUs on this machine"
+        facts["becomes"] = f"{plan.num_cpus} CPUs, {plan.num_gpus} GPUs on this machine"
         remarks = [*remarks, *plan.notes]
     show_facts(facts)
     for remark in remarks:

@@ -5,7 +5,7 @@ Importing this loads neither MLflow nor Ray nor pandas.
 
 from shoal.tracking.actor import TrackerClient, ensure_tracker, open_registry
 from shoal.tracking.journal import Event, Folded, RunState
-from shoal.tracking.record import RunRecord, being_trained, check_run_name, list_runs, read_identity
+from shoal.tracking.record import RunRecord, being_trained, list_runs, read_identity
 from shoal.tracking.registry import RegisteredModel, Registry, ResolvedModel, parse_spec
 from shoal.tracking.tracker import Tracker, TrackerStatus
 
@@ -21,7 +21,6 @@ __all__ = [
     "TrackerClient",
     "TrackerStatus",
     "being_trained",
-    "check_run_name",
     "ensure_tracker",
     "list_runs",
     "open_registry",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
 import threading
 import time
 import traceback
@@ -27,8 +26,10 @@ from shoal.storage import (
     StopMark,
     Storage,
     append_line,
+    check_name,
     claim,
     create_json,
+    is_name,
     open_plain,
     read_json,
 )
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_RUN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}")
 _IDENTITY = "identity.json"
 _CHUNK_BYTES = 1 << 20
 _CANCELLED = b"\x18"
@@ -65,7 +65,7 @@ class RunRecord:
     """
 
     def __init__(self, storage: Storage, name: str, *, clock: Callable[[], float] = time.time) -> None:
-        self.name = check_run_name(name)
+        self.name = check_name("run", name)
         self._storage = storage
         self._clock = clock
         self.dir: Path = storage.run_dir(name)
@@ -94,7 +94,7 @@ class RunRecord:
     @staticmethod
     def exists(storage: Storage, name: str) -> bool:
         """Whether there is such a run; a name that no run can have is that of none."""
-        return _RUN_NAME.fullmatch(name) is not None and RunRecord(storage, name).identity_path.exists()
+        return is_name(name) and RunRecord(storage, name).identity_path.exists()
 
     def identity(self) -> dict[str, Any] | None:
         """What the run was first asked for, or ``None`` for a run that does not exist.
@@ -334,20 +334,6 @@ class RunRecord:
                 self._offset = end
 
 
-def check_run_name(name: str) -> str:
-    """``name``, if it may name a run.
-
-    Raises:
-        RequestError: it may not; the message says what may.
-    """
-    if not isinstance(name, str) or not _RUN_NAME.fullmatch(name):
-        raise RequestError(
-            f"{name!r} cannot name a run: use 1 to 80 of a-z, 0-9, '.', '_' and '-', "
-            "beginning with a letter or a digit"
-        )
-    return name
-
-
 def read_identity(path: Path) -> dict[str, Any]:
     """What a run or a sweep was asked for, in the shape that it was written in; parts may be missing.
 
@@ -408,6 +394,6 @@ def list_runs(storage: Storage) -> list[RunRecord]:
     for identity in storage.runs_dir.glob(f"*/{_IDENTITY}"):
         # A run that is deleted meanwhile is none.
         with suppress(FileNotFoundError):
-            if _RUN_NAME.fullmatch(identity.parent.name):
+            if is_name(identity.parent.name):
                 found.append((identity.stat().st_mtime_ns, identity.parent.name))
     return [RunRecord(storage, name) for _, name in sorted(found, reverse=True)]

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shoal.errors import CorruptError, NotFoundError, RequestError, ShoalError, StorageError, did_you_mean
-from shoal.storage import MANIFEST, Storage, discard
+from shoal.storage import MANIFEST, Storage, check_name, discard
 from shoal.storage.owner import FOREIGN_AFTER_S, Owner
 from shoal.tracking.delivery import clean_key
 from shoal.tracking.mlflow_store import MlflowStore
 
 logger = logging.getLogger(__name__)
 
-_MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}")
 _ALIAS = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 _RESERVED_ALIAS = re.compile(r"latest|v\d+")  # MLflow's own; `digits` alone already means the latest
 _VERSION = re.compile(r"[1-9]\d{0,8}")
@@ -105,7 +104,7 @@ class Registry:
         Raises:
             StorageError: ``write`` came back without a committed directory.
         """
-        check_model_name(model)
+        check_name("model", model)
         if alias is not None:
             check_alias(alias)
         version = self._backend.reserve(model, writer=asdict(Owner.here()), run=run)
@@ -127,7 +126,7 @@ class Registry:
 
     def versions(self, model: str) -> list[ResolvedModel]:
         """Every version of ``model``, the newest first."""
-        return self._backend.versions(check_model_name(model))
+        return self._backend.versions(check_name("model", model))
 
     def models(self) -> list[RegisteredModel]:
         """Every model that has a version, by name."""
@@ -135,7 +134,7 @@ class Registry:
 
     def set_alias(self, model: str, alias: str, version: int) -> None:
         """Point ``alias`` at ``version``, in one step: nobody sees it point nowhere."""
-        self._backend.set_alias(check_model_name(model), check_alias(alias), version)
+        self._backend.set_alias(check_name("model", model), check_alias(alias), version)
 
     def _abandon(self, model: str, version: int) -> None:
         try:
@@ -172,9 +171,9 @@ class RegistryStore:
 
     def reserve(self, model: str, *, writer: Mapping[str, Any], run: str | None) -> int:
         """The number of a new version that nobody sees yet, for the process ``writer`` to fill."""
-        check_model_name(model)
+        check_name("model", model)
         store = self._store()
-        tags = {_STATE_TAG: _PENDING, _WRITER_TAG: _writer_text(writer)}
+        tags = {_STATE_TAG: _PENDING, _WRITER_TAG: str(Owner(**writer))}
         if run is not None:
             tags[_RUN_TAG] = run
         taken: list[int] = []
@@ -212,7 +211,8 @@ class RegistryStore:
     def abandon(self, model: str, version: int) -> None:
         """Give up a reserved version and what was written of it. One that is ready or gone stays as it is."""
         store = self._store()
-        filter_string = f"name='{check_model_name(model)}'"
+        check_name("model", model)
+        filter_string = f"name='{model}'"
         with self._writing:
             for found in store.all_pages(store.client.search_model_versions, filter_string):
                 if int(found.version) == version and found.tags.get(_STATE_TAG) == _PENDING:
@@ -246,7 +246,7 @@ class RegistryStore:
 
     def versions(self, model: str) -> list[ResolvedModel]:
         """Every ready version of ``model``, the newest first; never empty."""
-        check_model_name(model)
+        check_name("model", model)
         store = self._store()
         ready = self._ready(store, f"name='{model}'")
         if not ready:
@@ -327,16 +327,6 @@ class RegistryStore:
             store.client.delete_model_version(model, str(version))
 
 
-def check_model_name(model: str) -> str:
-    """``model``, if it may name a model; RequestError if not."""
-    if not isinstance(model, str) or not _MODEL_NAME.fullmatch(model):
-        raise RequestError(
-            f"{model!r} cannot name a model: use 1 to 80 of a-z, 0-9, '.', '_' and '-', "
-            "beginning with a letter or a digit"
-        )
-    return model
-
-
 def check_alias(alias: str) -> str:
     """``alias``, if it may be one; RequestError if not. It never looks like a version."""
     if not isinstance(alias, str) or not _ALIAS.fullmatch(alias):
@@ -358,7 +348,7 @@ def parse_spec(spec: str) -> tuple[str, str | None]:
         RequestError: ``spec`` has none of these forms.
     """
     model, at, selector = spec.partition("@")
-    check_model_name(model)
+    check_name("model", model)
     if not at:
         return model, None
     if not _VERSION.fullmatch(selector):
@@ -366,16 +356,9 @@ def parse_spec(spec: str) -> tuple[str, str | None]:
     return model, selector
 
 
-def _writer_text(writer: Mapping[str, Any]) -> str:
-    owner = Owner(**writer)
-    return f"{owner.machine}-{owner.boot}-{owner.pid}-{owner.started}"
-
-
-def _is_gone(text: str) -> bool | None:
-    parts = text.split("-")
-    if len(parts) != 4 or not (parts[2].isdigit() and parts[3].isdigit()):
-        return None
-    return Owner(parts[0], parts[1], int(parts[2]), int(parts[3])).is_gone()
+def _is_gone(writer: str) -> bool | None:
+    owner = Owner.parse(writer)
+    return None if owner is None else owner.is_gone()
 
 
 def _listed(names: Iterable[str]) -> str:

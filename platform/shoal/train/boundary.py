@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from shoal.errors import RecipeError, ShoalError, StorageError
@@ -12,14 +11,11 @@ from shoal.train.checkpoints import CheckpointWriter, Snapshot, take_snapshot, w
 from shoal.train.group import Group
 from shoal.train.resume import Beginning, facts
 from shoal.train.session import Session
-from shoal.train.spec import RunSpec, digest_of
+from shoal.train.spec import EvalListener, RunSpec, digest_of
 from shoal.train.stamp import checkpoint_path
 
 WRITE_SLICE_S = 5.0
 """How long rank 0 waits for a checkpoint to be written before it tells its peers that it still does."""
-
-EvalListener = Callable[[int, Mapping[str, float]], None]
-"""Told on rank 0 of every look at the validation data: (step, values)."""
 
 
 class RunBoundary:

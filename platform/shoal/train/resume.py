@@ -11,6 +11,7 @@ import torch
 
 from shoal.errors import IdentityError, RecipeError
 from shoal.models import ModelPackage, load_tensors
+from shoal.models.package import WEIGHTS
 from shoal.recipe import Datasets, recipe_ref
 from shoal.storage import create_json, read_json
 from shoal.tracking import RunRecord
@@ -170,7 +171,7 @@ def _load(session: Session, loaded: Loaded, spec: RunSpec, record: RunRecord) ->
 def _load_weights(session: Session, package: Path, *, expect: str | None) -> None:
     ModelPackage.open(package, expect=expect)
     try:
-        session.model.load_state_dict(load_tensors(package / "model.safetensors"))
+        session.model.load_state_dict(load_tensors(package / WEIGHTS))
     except RuntimeError as err:
         raise RecipeError(
             f"init_from: the weights in {package} do not fit this recipe's model: {err}"

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -26,9 +26,8 @@ from shoal.train.order import DataOrder
 from shoal.train.reduce import GradientBuckets
 from shoal.train.scheme import exact, fast
 from shoal.train.seeds import derive_seed, seed_everything
+from shoal.train.spec import Precision
 from shoal.train.tree import share_of
-
-Precision = Literal["fp32", "bf16"]
 
 
 class Boundary(Protocol):

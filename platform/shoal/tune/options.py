@@ -11,7 +11,7 @@ from shoal.train.options import RunOptions
 from shoal.tune.record import MAX_TRIALS
 
 if TYPE_CHECKING:
-    from shoal.train.session import Precision  # loads torch, which a driver need not
+    from shoal.train.spec import Precision
 
 SchedulerKind = Literal["asha", "pbt", "none"]
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import re
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
@@ -14,8 +12,8 @@ from typing import Any
 
 from shoal.errors import CorruptError, NotFoundError, RequestError, did_you_mean
 from shoal.recipe import Objective
-from shoal.storage import FileLock, StopMark, Storage, append_line, claim, read_lines
-from shoal.tracking import RunRecord, RunState, check_run_name, read_identity
+from shoal.storage import FileLock, StopMark, Storage, append_line, check_name, claim, read_lines
+from shoal.tracking import RunRecord, RunState, read_identity
 from shoal.train.spec import Source
 
 _IDENTITY = "sweep.json"
@@ -93,7 +91,7 @@ class Trial:
 
     def _is_well_formed(self) -> bool:
         """Whether every part has its type, which a damaged line need not. Raises RequestError for a run's name."""
-        check_run_name(self.run)
+        check_name("run", self.run)
         numbers = [*self.values.values(), *([] if self.value is None else [self.value])]
         return (
             1 <= self.number <= MAX_TRIALS
@@ -113,8 +111,8 @@ class SweepRecord:
     """
 
     def __init__(self, storage: Storage, name: str) -> None:
-        check_run_name(name)
-        check_run_name(run_of(name, MAX_TRIALS))
+        check_name("sweep", name)
+        check_name("run", run_of(name, MAX_TRIALS))
         self.storage = storage
         self.name = name
         self.dir: Path = storage.sweep_dir(name)
@@ -240,14 +238,6 @@ def best_trial(trials: Iterable[Trial], objective: Objective) -> Trial | None:
 def run_of(sweep: str, number: int) -> str:
     """The name of a trial's run."""
     return f"{sweep}-t{number:03d}"
-
-
-def sweep_name_of(identity: Mapping[str, Any]) -> str:
-    """The default name, ``<recipe>-sweep-<8 hex of the identity>``: the same command finds the same sweep."""
-    canonical = json.dumps(dict(identity), sort_keys=True, separators=(",", ":"))
-    digest = hashlib.sha256(canonical.encode()).hexdigest()[:8]
-    class_name = str(identity["recipe"]).rpartition(":")[2].lower()
-    return f"{re.sub(r'[^a-z0-9]', '', class_name)[:50] or 'recipe'}-sweep-{digest}"
 
 
 def seen_in_journal(trial: Trial, run: RunRecord, objective: Objective) -> Trial:

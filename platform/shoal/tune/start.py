@@ -11,9 +11,10 @@ from shoal.recipe import Recipe
 from shoal.storage import Storage
 from shoal.train.asked import refuse
 from shoal.train.options import plan_run, worker_resources
+from shoal.train.spec import default_name
 from shoal.tune.options import SweepOptions
 from shoal.tune.population import check_population, default_interval
-from shoal.tune.record import MAX_TRIALS, SweepRecord, sweep_name_of
+from shoal.tune.record import MAX_TRIALS, SweepRecord
 from shoal.tune.shapes import changes_shape
 from shoal.tune.space import Space, check_space, describe_space, num_combinations
 from shoal.tune.sweep import Sweep, SweepDriver
@@ -100,7 +101,7 @@ def _fill_in(info: ClusterInfo, recipe: Recipe, space: Space, options: SweepOpti
     space = check_space(recipe, space)
     template = _template(info, config, recipe, options)
     identity = _identity(template, space, options)
-    name = sweep_name_of(identity) if options.name is None else options.name
+    name = default_name(identity, "sweep-") if options.name is None else options.name
     return _Search(
         options=options,
         space=space,
