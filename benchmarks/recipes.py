@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import shoal
+from benchmarks.steps import completed
 from benchmarks.ticks import tick
 from jobs.digits import Digits
 
@@ -78,6 +79,24 @@ class BenchDigits(Ticking, Digits):
     """The digits MLP, without looks at the validation data in between."""
 
     eval_every: int = 1_000_000
+
+
+SAVE_EVERY_S = 2.0
+"""How often those that are killed on purpose save, on every side."""
+
+
+class CountedDigits(Digits):
+    """The digits MLP; every rank notes each step that it completed."""
+
+    eval_every: int = 1_000_000
+    folder: str = ""
+    """For `benchmarks.steps`."""
+
+    def train(self, session: shoal.Session) -> None:
+        for batch in session.batches():
+            session.backward(session.loss(batch))
+            session.step()
+            completed(self.folder, session.group.rank, session.steps_done)
 
 
 class BenchDecoder(Ticking, Decoder):

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from projects import ROOT
+from shoal.config import Range
 from shoal.storage import FileLock, Storage
-from shoal.tracking import RunRecord
+from shoal.tracking import RunRecord, Wish
 from shoal.train.engine import train_worker
 from shoal.train.group import Group
 from shoal.train.spec import RunSpec
@@ -20,12 +21,15 @@ PAGE = (ROOT / "docs" / "design.md").read_text()
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
-    """A run that was trained here, asked to stop, and driven."""
+    """A run that was trained here, driven, resized, and asked to stop."""
     spec = RunSpec(recipe=Toy(), name="toy", storage=Storage(tmp_path_factory.mktemp("s")), target_steps=40)
     record = RunRecord(spec.storage, spec.name)
     record.claim_identity(spec.identity())
     with FileLock(record.driver_lock_path):
         train_worker(spec, Group.alone())
+    record.resizing.begin(Wish(workers=Range(2, 2), most=12, per_worker={"CPU": 1.0}))
+    record.resizing.order(1, 2)
+    record.append("resize", step=40, **{"from": 1, "to": 2})
     record.mark_stop()
     return record
 

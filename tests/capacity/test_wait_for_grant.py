@@ -38,10 +38,39 @@ def seconds() -> Iterator[float]:
     return iter(range(1000))  # type: ignore[return-value]
 
 
-def wait(cluster: Cluster, want: Range, seconds: Iterator[float], stop: Stop | None = None) -> int:
+def wait(
+    cluster: Cluster, want: Range, seconds: Iterator[float], stop: Stop | None = None, hold_out_s: float = 0.0
+) -> int:
     return wait_for_grant(
-        want, {"CPU": 1}, wait_s=5, stop=stop or Stop(), look=cluster.look, clock=lambda: next(seconds)
+        lambda: want,
+        {"CPU": 1},
+        wait_s=5,
+        hold_out_s=hold_out_s,
+        stop=stop or Stop(),
+        look=cluster.look,
+        clock=lambda: next(seconds),
     )
+
+
+def test_whoever_holds_out_takes_less_only_when_the_rest_did_not_come(seconds: Iterator[float]) -> None:
+    cluster = Cluster(1, 1, 3)
+    assert wait(cluster, Range(1, 3), seconds, hold_out_s=4) == 3
+    assert cluster.num_looks == 3, "there is nothing more to hold out for"
+    assert wait(Cluster(1, 2), Range(1, 3), seconds, hold_out_s=3) == 2
+    assert wait(Cluster(1, 3), Range(1, 3), seconds) == 1
+
+
+def test_what_is_wanted_may_change_while_it_waits(seconds: Iterator[float]) -> None:
+    wishes = iter([Range(3, 3), Range(1, 2)])
+    found = wait_for_grant(
+        lambda: next(wishes),
+        {"CPU": 1},
+        wait_s=5,
+        stop=Stop(),
+        look=Cluster(2).look,
+        clock=lambda: next(seconds),
+    )
+    assert found == 2
 
 
 def test_room_that_comes_while_waiting_is_taken(seconds: Iterator[float]) -> None:

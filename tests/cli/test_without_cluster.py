@@ -17,10 +17,12 @@ from command_line import Shoal
 from rich.text import Text
 
 from shoal.cli.training import show_result
+from shoal.config import Range
 from shoal.errors import ClusterError, NotFoundError, TrackingError
-from shoal.storage import Storage
-from shoal.tracking import RunRecord
+from shoal.storage import FileLock, Storage
+from shoal.tracking import RunRecord, Wish
 from shoal.train.run import Run
+from shoal.train.stall import StallReport, record_stall
 from shoal.tune.record import SweepRecord, Trial, TrialState
 
 NO_CLUSTER = "error: no cluster of this project runs; start it: shoal up\n"
@@ -199,6 +201,33 @@ def test_runs_shows_one_closely(project: Path, shoal: Shoal) -> None:
         assert text in out
 
 
+def test_a_run_that_does_not_train_is_not_resized(project: Path, shoal: Shoal) -> None:
+    write_run(project)
+    outcome = shoal("resize", "digits-1", "3")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "not being trained (finished at step 10)" in outcome.err
+    assert "--workers 3" in outcome.err
+
+
+def test_a_resize_is_wished_and_shown_until_it_happened(project: Path, shoal: Shoal) -> None:
+    record = write_run(project, ended=False)
+    with FileLock(record.driver_lock_path):
+        record.resizing.begin(Wish(workers=Range(1, 2), most=8, per_worker={"CPU": 1.0}))
+        assert re.search(r"^workers +2$", shoal("runs", "digits-1").out, re.M)
+        asked = shoal("resize", "digits-1", "3..4")
+        assert (asked.code, asked.err) == (0, "")
+        assert asked.out == "run digits-1: 3..4 workers are asked for, 2 there; see: shoal runs digits-1\n"
+        shown = shoal("runs", "digits-1").out
+        assert re.search(
+            r"^workers +2; 3..4 from the next step boundary at which there is room$", shown, re.M
+        )
+        refused = shoal("resize", "digits-1", "9")
+        assert (refused.code, refused.out) == (2, "")
+        assert "ask for 1 to 8" in refused.err
+    record.append("resize", step=12, **{"from": 2, "to": 3})
+    assert re.search(r"resize +step 12 +from 2 to 3 workers$", shoal("runs", "digits-1").out, re.M)
+
+
 def test_an_unknown_run_is_named_with_those_that_exist(project: Path, shoal: Shoal) -> None:
     write_run(project)
     outcome = shoal("runs", "digits-2")
@@ -236,6 +265,7 @@ def test_a_trial_that_its_scheduler_ended_reads_pruned_everywhere(project: Path,
         ("logs faces-ap", "faces-app"),
         ("stop digts-1", "digits-1"),
         ("stop my-sweeep", "my-sweep"),
+        ("resize digts-1 2", "digits-1"),
         ("train jobs.digits:Digit", "Digits"),
     ],
 )
@@ -276,6 +306,14 @@ def test_logs_show_what_a_rank_printed(project: Path, shoal: Shoal) -> None:
     outcome = shoal("logs", "digits-1", "--rank", "3")
     assert outcome.code == 2
     assert "there are: 0" in outcome.err
+
+
+def test_logs_say_of_a_worker_that_hung(project: Path, shoal: Shoal) -> None:
+    report = StallReport([1], [4711], 7, "step", 5.2, "did not answer", [""], "", True)
+    record_stall(write_run(project), report)
+    outcome = shoal("logs", "digits-1")
+    assert outcome.out == "hello from rank 0\n"
+    assert outcome.err == "rank 1 (pid 4711) did not answer for 5 s after step 7: replaced\n"
 
 
 def test_logs_of_a_rank_that_printed_nothing_say_so_beside_the_output(project: Path, shoal: Shoal) -> None:

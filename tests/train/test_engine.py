@@ -21,7 +21,7 @@ from shoal.errors import CorruptError, PeerLost, RecipeError, StorageError
 from shoal.recipe import maximize
 from shoal.storage import MANIFEST, Storage, commit, verify
 from shoal.tracking import RunRecord, RunState
-from shoal.train import boundary, checkpoints
+from shoal.train import boundary, cadence, checkpoints
 from shoal.train.driver import prepare
 from shoal.train.engine import train_worker
 from shoal.train.export import write_run_package
@@ -156,6 +156,71 @@ def test_more_steps_go_on_from_the_end(tmp_path: Path) -> None:
     assert [start["step"] for start in record.events(("start",))] == [0, 40]
     whole = train(spec_of(tmp_path, name="whole"))
     assert torch.equal(weights_of(record, 60)["0.weight"], weights_of(whole, 60)["0.weight"])
+
+
+class Resized(Toy):
+    """Orders its own run to go on with another number of workers, as a driver would, in step 10."""
+
+    def train(self, session: shoal.Session) -> None:
+        record = RunRecord(self.storage, "run")  # type: ignore[attr-defined]
+        for batch in session.batches():
+            if session.steps_done == 10:
+                record.resizing.order(record.attempt, 3)
+            session.backward(session.loss(batch))
+            session.step()
+
+
+@pytest.fixture
+def resized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> shoal.Recipe:
+    monkeypatch.setattr(cadence, "STOP_POLL_S", 0.0)
+    monkeypatch.setattr(Resized, "storage", Storage(tmp_path), raising=False)
+    return Resized(eval_every=60)
+
+
+def test_ordered_to_resize_it_commits_that_very_boundary_and_has_not_ended(
+    tmp_path: Path, resized: shoal.Recipe
+) -> None:
+    record = train(spec_of(tmp_path, resized, checkpoint_every_s=1e6))
+    (line,) = record.events(("resize",))
+    assert (line["step"], line["from"], line["to"]) == (11, 1, 3)
+    assert record.events(("end",)) == []
+    assert (record.state(), record.step) == (RunState.INTERRUPTED, 11)
+    verify(checkpoint_path(record.checkpoints_dir, 11))
+    assert RunRecord(Storage(tmp_path), "run").resizing.ordered(1) == 3, "nobody took it back"
+    again = train(spec_of(tmp_path, Toy(eval_every=60)))
+    assert again.state() == RunState.FINISHED, "an order is for one attempt"
+    assert again.events(("start",))[-1]["step"] == 11
+
+
+def test_asked_to_stop_and_to_resize_it_stops(tmp_path: Path, resized: shoal.Recipe) -> None:
+    spec = spec_of(tmp_path, resized)
+    prepare(spec)
+    RunRecord(spec.storage, spec.name).resizing.order(1, 3)
+    RunRecord(spec.storage, spec.name).mark_stop()
+    record = train(spec)
+    assert [event["state"] for event in record.events(("resize", "end"))] == ["stopped"]
+
+
+@pytest.mark.parametrize(("checkpoint_every_s", "leaves_at"), [(0.0, [12]), (1e6, [])])
+def test_what_cannot_be_committed_is_not_left_and_tried_again_with_the_next_checkpoint(
+    tmp_path: Path,
+    resized: shoal.Recipe,
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoint_every_s: float,
+    leaves_at: list[int],
+) -> None:
+    write = checkpoints.write_snapshot
+
+    def write_or_fail(directory: Path, snap: checkpoints.Snapshot) -> int:
+        if snap.step == 11:
+            raise StorageError(f"cannot commit {directory}: No space left on device")
+        return write(directory, snap)
+
+    monkeypatch.setattr(checkpoints, "write_snapshot", write_or_fail)
+    record = train(spec_of(tmp_path, resized, checkpoint_every_s=checkpoint_every_s))
+    assert [event["step"] for event in record.events(("resize",))] == leaves_at
+    assert "No space left" in record.events(("warning",))[0]["message"]
+    assert record.state() == (RunState.INTERRUPTED if leaves_at else RunState.FINISHED)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])

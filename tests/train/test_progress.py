@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 
 from shoal.config import Range
+from shoal.errors import EnvironmentFailure
 from shoal.storage import Storage
 from shoal.tracking import RunRecord
+from shoal.train import progress
 from shoal.train import run as runs
 from shoal.train.driver import WorkersDriver
 from shoal.train.run import Run
 from shoal.train.spec import RunSpec
+from shoal.train.stall import StallReport, record_stall, stall_text
 from terminal import screen_of
 from toy import Toy
 
@@ -94,6 +97,60 @@ def test_a_run_that_goes_on_shows_what_it_waits_for_not_what_was(
     for old in ("700", "1,234", "0.75"):
         assert old not in starting
     assert "700/2,000" in rest
+
+
+def test_a_resize_shows_where_it_was_committed_and_how_many_go_on(
+    record: RunRecord, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FORCE_COLOR")
+    monkeypatch.setattr(progress, "PLAIN_INTERVAL_S", 0.0)
+    driver = PlayedDriver(record)
+
+    def leave() -> None:
+        record.append("resize", step=710, **{"from": 2, "to": 1})
+
+    def go_on() -> None:
+        record.append("start", workers=1, pids=[], host="", step=710, target_steps=2000, source="checkpoint")
+        record.append("metrics", step=720, values={"loss": 0.25})
+
+    driver.scenes = [lambda: start(record, 700), leave, go_on, lambda: end(record, "stopped", 721), 1]
+    Run(record, driver=driver).wait()
+    assert capsys.readouterr().out.splitlines() == [
+        "resumed from step 700 on 2 workers",
+        "step 700/2,000  2 workers",
+        "committed at step 710 to go on with 1 worker",
+        "step 710/2,000  resizing: waiting for room for 2 workers",  # what this driver says
+        "resumed from step 710 on 1 worker",
+        "step 720/2,000  loss 0.25  1 worker",
+        "step 721/2,000  loss 0.25  1 worker",
+    ]
+
+
+def hang(record: RunRecord) -> None:
+    report = StallReport(
+        [1], [4711], 1040, "step", 5.2, "did not move", ["model.py:12 in loss"], "rank 1: ...", True
+    )
+    record_stall(record, report)
+
+
+def test_a_worker_that_hung_is_said_once(record: RunRecord, capsys: pytest.CaptureFixture[str]) -> None:
+    driver = PlayedDriver(record)
+    driver.scenes = [1, lambda: start(record, 0), lambda: hang(record), 1, 1, lambda: start(record, 1040), 1]
+    with pytest.raises(EnvironmentFailure, match="interrupted"):
+        Run(record, driver=driver).wait()
+    line = "rank 1 (pid 4711, at model.py:12 in loss) did not move for 5 s after step 1,040: replaced"
+    assert capsys.readouterr().out.count(line) == 1
+
+
+def test_ranks_that_waited_for_each_other_are_all_named(record: RunRecord) -> None:
+    report = StallReport(
+        [0, 1], [7, 8], 30, "save", 20.4, "waited for each other", ["a.py:1 in f", ""], "", False
+    )
+    record_stall(record, report)
+    assert stall_text(record.events(("stall",))[0]) == (
+        "rank 0 (pid 7, at a.py:1 in f) and rank 1 (pid 8) waited for each other for 20 s after step 30 (save): "
+        "left alone, as no restart is left"
+    )
 
 
 def test_before_there_is_room_a_run_waits_for_room(record: RunRecord, tmp_path: Path) -> None:

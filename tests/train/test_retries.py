@@ -50,3 +50,13 @@ def test_all_failures_are_counted() -> None:
         clock.now += WINDOW_S
         retries.failed()
     assert retries.num_failures == 3
+
+
+def test_there_are_more_until_they_are_used_up_and_again_when_they_are_forgiven() -> None:
+    clock = Clock()
+    retries = Retries(1, clock=clock)
+    assert retries.has_more
+    retries.failed()
+    assert not retries.has_more
+    clock.now += WINDOW_S
+    assert retries.has_more

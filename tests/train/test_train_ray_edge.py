@@ -68,6 +68,15 @@ RELIED_ON: list[tuple[str, str, tuple[str, ...]]] = [
             "replica_group_size",
         ),
     ),
+    (f"{_V2}.execution.worker_group", "WorkerGroup._worker_cls", ()),
+    (f"{_V2}.execution.worker_group", "WorkerGroup.poll_status", ("timeout",)),
+    (f"{_V2}.execution.worker_group", "WorkerGroup._poll_workers_and_collect_errors", ("timeout",)),
+    (f"{_V2}.execution.worker_group", "WorkerGroup.get_workers", ()),
+    (f"{_V2}.execution.worker_group.poll", "WorkerStatus.__init__", ("running", "error")),
+    (f"{_V2}.execution.worker_group.worker", "RayTrainWorker.poll_status", ()),
+    (f"{_V2}.execution.worker_group.worker", "Worker.__init__", ("actor", "metadata")),
+    (f"{_V2}.execution.worker_group.worker", "Worker.execute_async", ("fn",)),
+    (f"{_V2}.execution.worker_group.worker", "ActorMetadata.__init__", ("hostname", "node_id", "pid")),
     (f"{_V2}.execution.failure_handling", "FailurePolicy.make_decision", ("training_failed_error",)),
     (f"{_V2}.execution.scaling_policy", "ScalingPolicy.make_decision_for_non_running_worker_group", ()),
     (f"{_V2}.execution.scaling_policy", "ScalingPolicy.make_decision_for_running_worker_group", ()),
@@ -113,6 +122,19 @@ def test_ray_still_has_what_the_edge_relies_on(module: str, name: str, parameter
     if parameters:
         has = inspect.signature(found).parameters
         assert set(parameters) <= set(has), f"{module}.{name} takes {list(has)}, we use {parameters}: {LOOK}"
+
+
+def test_a_workers_status_still_carries_what_we_add_to_it() -> None:
+    import pickle
+
+    from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
+
+    from shoal.train.pulse import heart
+
+    status = WorkerStatus(running=True)
+    assert not hasattr(status, "pulse"), f"what Ray makes up for one that does not answer has none: {LOOK}"
+    status.pulse = heart.read()
+    assert pickle.loads(pickle.dumps(status)).pulse == status.pulse, LOOK
 
 
 # --- what it decides ----------------------------------------------------------------------------------------
@@ -171,6 +193,84 @@ def test_no_room_goes_back_to_whoever_grants_it() -> None:
     assert decisions(5, ControllerError(WorkerGroupStartupFailedError("died at birth"))) == ["RETRY"]
 
 
+class ElsewhereWorker:
+    """A worker on another machine, as far as the watch looks at it."""
+
+    def __init__(self, rank: int) -> None:
+        from ray.train.v2._internal.execution.worker_group.worker import ActorMetadata
+
+        self.actor = f"actor {rank}"
+        self.metadata = ActorMetadata("far-away", "another node", "10.0.0.2", 4711, {})
+
+
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The actors that were killed, on a machine without Ray."""
+    from types import SimpleNamespace
+
+    from shoal.train import ray_watch
+
+    found: list[str] = []
+    here = SimpleNamespace(get_node_id=lambda: "this node")
+    monkeypatch.setattr(ray_watch.ray, "kill", found.append)
+    monkeypatch.setattr(ray_watch.ray, "get_runtime_context", lambda: here)
+    return found
+
+
+def watch_a_silent_rank(on_stall: Any, *, has_restart: bool) -> None:
+    from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
+
+    from shoal.train.pulse import Pulse
+    from shoal.train.ray_watch import Watch
+
+    watch = Watch(on_stall, lambda: has_restart)
+    answered = WorkerStatus(running=True)
+    answered.pulse = Pulse("step", 40, 0.0, True, 0.002, 0)
+    watch.look([answered, answered])
+    for now in range(10):
+        watch.watchdog.look({0: answered.pulse, 1: None}, 1e9 + now)  # on the test's clock, far ahead
+        watch.act([ElsewhereWorker(0), ElsewhereWorker(1)])
+
+
+def test_a_silent_worker_of_another_machine_is_replaced_without_a_stack(killed: list[str]) -> None:
+    reports: list[Any] = []
+    watch_a_silent_rank(reports.append, has_restart=True)
+    (report,) = reports
+    assert (report.ranks, report.pids, report.step, report.replaced) == ([1], [4711], 40, True)
+    assert "far-away, another machine" in report.stack
+    assert killed == ["actor 1"]
+
+
+def test_a_hang_that_cannot_be_recorded_is_ended_all_the_same(
+    killed: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(report: Any) -> None:
+        raise OSError("the disk is full")
+
+    watch_a_silent_rank(fail, has_restart=True)
+    assert killed == ["actor 1"]
+    assert "the disk is full" in caplog.text
+
+
+def test_without_a_restart_left_nothing_is_killed(killed: list[str]) -> None:
+    reports: list[Any] = []
+    watch_a_silent_rank(reports.append, has_restart=False)
+    assert [report.replaced for report in reports] == [False]
+    assert killed == []
+
+
+def test_what_ray_makes_up_for_a_silent_worker_is_no_answer_and_a_dead_one_is_none() -> None:
+    from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
+
+    from shoal.train.ray_watch import Watch
+
+    seen: list[Any] = []
+    watch = Watch(None, lambda: True)
+    watch.watchdog.look = lambda answers, now: seen.append(answers)  # type: ignore[method-assign]
+    watch.look([WorkerStatus(running=True), WorkerStatus(running=False, error=dead())])
+    assert seen == [{0: None}]
+
+
 # --- what it does -------------------------------------------------------------------------------------------
 
 
@@ -183,12 +283,12 @@ def workers(cluster: ClusterInfo, tmp_path: Path) -> Callable[..., Any]:
 
     cloudpickle.register_pickle_by_value(edge_loads)  # this folder is on pytest's path, not on the workers'
 
-    def build(load: str, workers: Range = TWO, **options: Any) -> Workers:
+    def build(load: str, workers: Range | Callable[[], Range] = TWO, **options: Any) -> Workers:
         return Workers(
             getattr(edge_loads, load),
             {"notes": str(tmp_path)},
             name="tested",
-            workers=workers,
+            workers=workers if callable(workers) else lambda: workers,
             resources_per_worker={"CPU": 1},
             storage_path=tmp_path,
             **{"max_failures": 2, **options},
@@ -276,6 +376,37 @@ class TestOnACluster:
         monkeypatch.setattr(room, "wait_for_grant", lambda *_, **__: next(grants))
         workers("sum_ranks", ONE, start_timeout_s=1.0).run()
         assert [line["world"] for line in notes(tmp_path, 0)] == [1]
+
+    def test_a_group_that_ended_may_run_again_and_is_asked_how_many(
+        self, workers: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        wanted = iter([Range(2, 2), Range(1, 3)])
+        group = workers("sum_ranks", lambda: next(wanted))
+        group.run()
+        group.run(hold_out_s=DEADLINE_S)
+        assert [line["world"] for line in notes(tmp_path, 0)] == [2, 3], "it waits for its own room"
+
+    def test_workers_whose_room_was_taken_while_they_restart_go_on_with_fewer(
+        self, workers: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        import ray
+
+        @ray.remote(num_cpus=3)
+        class App:
+            def ready(self) -> bool:
+                return True
+
+        thread = InThread(workers("step_until_told", Range(1, 3), start_timeout_s=1.0))
+        wait_until(lambda: bool(notes(tmp_path, 2)), "the workers run")
+        replica = App.remote()  # one CPU is free: it waits for the workers'
+        os.kill(notes(tmp_path, 1)[0]["pid"], signal.SIGKILL)
+        ray.get(replica.ready.remote(), timeout=DEADLINE_S)
+        wait_until(lambda: len(notes(tmp_path, 0)) == 2, "the group runs again")
+        (tmp_path / "finish").touch()
+        thread.join(DEADLINE_S)
+        assert (thread.is_alive(), thread.error) == (False, None)
+        assert [len(notes(tmp_path, rank)) for rank in range(3)] == [2, 1, 1]
+        ray.kill(replica)
 
     def test_an_error_of_a_recipe_comes_out_as_it_is_and_at_once(
         self, workers: Callable[..., Any], tmp_path: Path

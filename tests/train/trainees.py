@@ -39,9 +39,9 @@ def train(
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
-def fingerprint_of(storage: Path, name: str) -> str:
-    """SHA-256 over parameters, optimizer, scheduler and every rank's random state at the last step."""
-    folder = checkpoint_path(RunRecord(Storage(storage), name).checkpoints_dir, STEPS)
+def fingerprint_of(storage: Path, name: str, steps: int = STEPS) -> str:
+    """SHA-256 over parameters, buffers, optimizer and scheduler after ``steps``."""
+    folder = checkpoint_path(RunRecord(Storage(storage), name).checkpoints_dir, steps)
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         digest.update(file.read_bytes())

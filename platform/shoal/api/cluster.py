@@ -67,7 +67,8 @@ class Cluster:
         the call goes on from its last commit, or returns it if it has ``steps`` already.
 
         Args:
-            workers: how many, ``2`` or a range ``"1..4"``; as many of it as are free now. Default: the file's.
+            workers: how many, ``2`` or a range ``"1..4"``; as many of it as are free, now and later (`Run.resize`).
+                Default: the file's.
             steps: where it ends. Default: the recipe's ``steps``.
             name: default ``<recipe>-<8 hex>``.
             checkpoint_every: seconds, or ``"30s"``. keep: newest checkpoints besides the best. Default: the file's.

@@ -72,13 +72,18 @@ def grant(snapshot: Snapshot, want: Range, per_worker: Resources) -> int:
     most_ever = ceiling(snapshot, per_worker)
     if most_ever < least:
         raise RequestError(_impossible(snapshot, least, most_ever, per_worker))
-    fits_now = min(sum(_fits(node.free, per_worker) for node in snapshot.nodes), want.max)
+    fits_now = min(room(snapshot, per_worker), want.max)
     return int(fits_now) if fits_now >= least else 0
 
 
 def ceiling(snapshot: Snapshot, per_worker: Resources) -> float:
     """How many workers would fit if nobody else held anything; ``inf`` where a worker needs nothing."""
     return sum(_fits(node.total, per_worker) for node in snapshot.nodes)
+
+
+def room(snapshot: Snapshot, per_worker: Resources) -> float:
+    """How many more workers fit into what is free; ``inf`` where a worker needs nothing."""
+    return sum(_fits(node.free, per_worker) for node in snapshot.nodes)
 
 
 def describe(snapshot: Snapshot, per_worker: Resources) -> str:

@@ -44,18 +44,20 @@ def snapshot(*, with_holders: bool = False) -> Snapshot:
 
 
 def wait_for_grant(
-    want: Range,
+    want: Callable[[], Range],
     per_worker: Resources,
     *,
     wait_s: float,
+    hold_out_s: float = 0.0,
     stop: threading.Event | None = None,
     look: Callable[..., Snapshot] = snapshot,
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
-    """How many workers may start, as soon as ``want.min`` fit; blocks up to ``wait_s`` seconds.
+    """How many workers may start, as soon as the least that are wanted fit; blocks up to ``wait_s`` seconds.
 
-    Nothing is reserved: somebody else may take it before the workers are there. Returns 0 only when
-    ``stop`` was set while waiting.
+    ``want`` is asked at every look: it may change meanwhile. For the first ``hold_out_s`` only the most that are
+    wanted will do: for room that somebody is about to give back. Nothing is reserved: somebody else may take it
+    before the workers are there. Returns 0 only when ``stop`` was set while waiting.
 
     Raises:
         RequestError: it could never fit.
@@ -63,17 +65,19 @@ def wait_for_grant(
         ClusterError: the cluster does not answer.
     """
     stop = stop or threading.Event()
-    deadline = clock() + wait_s
+    began = clock()
     while not stop.is_set():
+        wanted = want()
         try:
-            granted = grant(look(), want, per_worker)
+            granted = grant(look(), wanted, per_worker)
         except RequestError:
-            grant(look(with_holders=True), want, per_worker)  # raises again, and now says who holds what
+            grant(look(with_holders=True), wanted, per_worker)  # raises again, and now says who holds what
             raise
-        if granted:
+        waited_s = clock() - began
+        if granted and (granted == wanted.max or waited_s >= hold_out_s):
             return granted
-        if clock() >= deadline:
-            raise DeadlineExceeded(_still_full(look(with_holders=True), want, per_worker, wait_s))
+        if waited_s >= wait_s:
+            raise DeadlineExceeded(_still_full(look(with_holders=True), wanted, per_worker, wait_s))
         stop.wait(_POLL_S)
     return 0
 

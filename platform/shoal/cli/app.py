@@ -18,6 +18,7 @@ from shoal.cli import (
     lifecycle,
     logs,
     models,
+    resize,
     runs,
     status,
     stop,
@@ -52,5 +53,20 @@ def _options(
     """Options of the command as a whole."""
 
 
-for topic in (init, lifecycle, status, check, doctor, train, tune, runs, logs, stop, ui, models, apps):
+for topic in (
+    init,
+    lifecycle,
+    status,
+    check,
+    doctor,
+    train,
+    tune,
+    runs,
+    logs,
+    resize,
+    stop,
+    ui,
+    models,
+    apps,
+):
     topic.add_to(app)

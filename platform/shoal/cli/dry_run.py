@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from shoal.config import ClusterConfig, Range
     from shoal.recipe import Datasets, Recipe
     from shoal.train.options import RunOptions
+    from shoal.train.reduce import Wishes
     from shoal.train.session import Session
     from shoal.train.spec import RunSpec
 
@@ -20,13 +21,12 @@ if TYPE_CHECKING:
 class _OneStep:
     """The boundary of a run that ends after its first step and keeps nothing."""
 
-    def wants_checkpoint(self) -> bool:
-        return False
+    def wishes(self) -> Wishes:
+        from shoal.train.reduce import Wishes
 
-    def wants_stop(self) -> bool:
-        return False
+        return Wishes()
 
-    def after_step(self, session: Session, *, checkpoint: bool, stop: bool) -> bool:
+    def after_step(self, session: Session, wishes: Wishes) -> bool:
         return True
 
 
@@ -47,7 +47,7 @@ def dry_run(recipe: Recipe, options: RunOptions) -> None:
         raise RequestError("--dry-run starts from fresh weights: leave --init-from out")
     spec = plan_run(recipe, options, config, storage, project=project_here())
     workers = options.worker_range(config)
-    torch.set_num_threads(1)  # as a worker on a cluster has
+    torch.set_num_threads(spec.threads or 1)  # as a worker on a cluster has
     notes = _resource_notes(config, workers)
     session, data, seconds = _one_step(spec)
     try:
@@ -118,7 +118,7 @@ def _ends(workers: Range) -> list[int]:
 
 
 def _checkpoint_bytes(session: Session) -> int:
-    """What a one-worker checkpoint holds: model, optimizer with its state after a step, random states."""
+    """What a one-worker checkpoint holds: model, and optimizer with its state after a step."""
     from shoal.train.checkpoints import take_snapshot
 
     snap = take_snapshot(

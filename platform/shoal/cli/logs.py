@@ -56,6 +56,7 @@ def _show_run(place: Storage, name: str, rank: int, follow: bool) -> None:
     from shoal.errors import NotFoundError
     from shoal.train.output import log_path
     from shoal.train.run import find_run
+    from shoal.train.stall import stall_text
 
     run = find_run(place, name)
     path = log_path(run.record.logs_dir, rank)
@@ -73,6 +74,8 @@ def _show_run(place: Storage, name: str, rank: int, follow: bool) -> None:
         time.sleep(POLL_S)
         tail.copy()
     tail.copy()
+    for event in run.record.iter_events(("stall",)):
+        print(stall_text(event), file=sys.stderr, flush=True)
 
 
 def _show_app(place: Storage, name: str, follow: bool) -> None:

@@ -28,7 +28,9 @@ SpaceFields = Annotated[
 ]
 Workers = Annotated[
     str | None,
-    typer.Option(metavar="N|N..M", help="Workers; of a range, as many as are free. Default: the file's."),
+    typer.Option(
+        metavar="N|N..M", help="Workers; of a range, as many as are free, now and later. Default: the file's."
+    ),
 ]
 Steps = Annotated[int | None, typer.Option(metavar="N", help="Where the run ends. Default: the recipe's.")]
 Name = Annotated[

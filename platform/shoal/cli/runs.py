@@ -100,7 +100,7 @@ def _show_run(record: RunRecord, pruned: Container[str]) -> None:
         "state": state_word(record, pruned),
         "steps": f"{record.step:,}{f' of {target:,}' if target else ''}",
         "attempts": record.attempt,
-        "workers": starts[-1]["workers"] if starts else "",
+        "workers": _workers_text(record) if starts else "",
         "started": f"{age_text(starts[0]['t'])} ago" if starts else "",
         "recipe": identity.get("recipe", ""),
         "fields": " ".join(f"{key}={value}" for key, value in identity.get("fields", {}).items()),
@@ -118,6 +118,17 @@ def _show_run(record: RunRecord, pruned: Container[str]) -> None:
         say(_event_text(event))
 
 
+def _workers_text(record: RunRecord) -> str:
+    """How many there are, and how many are wished where that is another number."""
+    from shoal.tracking import RunState
+
+    current = record.summary().workers
+    wish = record.resizing.wish() if record.state() is RunState.RUNNING else None
+    if wish is None or current in wish.workers:
+        return str(current)
+    return f"{current}; {wish.workers} from the next step boundary at which there is room"
+
+
 def _source_text(source: dict[str, Any] | None) -> str:
     """The other run's checkpoint that a run of a population went on from."""
     return f"{source['run']} at step {source['step']:,}" if source else ""
@@ -133,6 +144,8 @@ def _event_text(event: dict[str, Any]) -> str:
     match kind:
         case "start":
             detail = f"{event['workers']} workers, {event['source']}"
+        case "resize":
+            detail = f"from {event['from']} to {event['to']} workers"
         case "metrics":
             detail = values_text(event["values"])
         case "eval":

@@ -30,6 +30,9 @@ def _import_modules() -> None:
             importlib.import_module(name)
         except Exception:  # whoever needs it will say so; a process without it is only slower to start
             logging.getLogger(__name__).exception("could not import %s ahead of need", name)
+    from shoal.cluster.imports import import_remembered
+
+    import_remembered()
 
 
 def _import_behind_others() -> None:

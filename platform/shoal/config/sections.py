@@ -124,8 +124,8 @@ class Train(Section):
     """Defaults of training runs; a run may override each."""
 
     workers: PositiveRange = Range(1, 1)
-    """Workers of a run. It starts with as many as are free, within these bounds; one worker holds one GPU in
-    a pool with GPUs, else one CPU."""
+    """Workers of a run. It starts with as many as are free, within these bounds, and takes more when room becomes
+    free; one worker holds one GPU in a pool with GPUs, else one CPU."""
     pool: Name | None = None
     """Pool that the workers run in; unset for any CPU of the cluster."""
     checkpoint_every: PositiveDuration = Duration(30)

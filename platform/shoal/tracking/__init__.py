@@ -7,6 +7,7 @@ from shoal.tracking.actor import TrackerClient, ensure_tracker, open_registry
 from shoal.tracking.journal import Event, Folded, RunState
 from shoal.tracking.record import RunRecord, being_trained, list_runs, read_identity
 from shoal.tracking.registry import RegisteredModel, Registry, ResolvedModel, parse_spec
+from shoal.tracking.resizing import Resizing, Wish
 from shoal.tracking.tracker import Tracker, TrackerStatus
 
 __all__ = [
@@ -14,12 +15,14 @@ __all__ = [
     "Folded",
     "RegisteredModel",
     "Registry",
+    "Resizing",
     "ResolvedModel",
     "RunRecord",
     "RunState",
     "Tracker",
     "TrackerClient",
     "TrackerStatus",
+    "Wish",
     "being_trained",
     "ensure_tracker",
     "list_runs",

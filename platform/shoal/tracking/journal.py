@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Event = dict[str, Any]
 """One journal line."""
 
-KINDS = frozenset({"start", "metrics", "eval", "checkpoint", "rejected", "warning", "end"})
+KINDS = frozenset({"start", "metrics", "eval", "checkpoint", "rejected", "warning", "stall", "resize", "end"})
 _MAX_TEXT = 40_000
 """Characters of a text; a line has at most a megabyte, and a character takes up to 12 bytes of JSON."""
 END_STATES = frozenset({"finished", "stopped", "failed"})
@@ -64,6 +64,8 @@ class Folded:
     """Epoch seconds of the last line of any kind."""
     ended: Event | None = None
     """The ``end`` line, unless a later attempt started."""
+    resize: Event | None = None
+    """The ``resize`` line, unless a later attempt started: the run is on its way to another number of workers."""
     evals: dict[str, Event] = field(default_factory=dict)
     """The last ``eval`` line by split."""
 
@@ -73,16 +75,18 @@ class Folded:
         self.updated = event.get("t", self.updated)
         if kind == "start":
             self.attempt += 1
-            self.ended = None
+            self.ended = self.resize = None
             self.target_steps = event.get("target_steps", self.target_steps)
             self.workers = event.get("workers", self.workers)
             if self.started is None:
                 self.started = event.get("t")
         elif kind == "end":
             self.ended = event
+        elif kind == "resize":
+            self.resize = event
         elif kind == "eval":
             self.evals[event["split"]] = event
-        if kind in ("start", "metrics", "eval", "end") and isinstance(event.get("step"), int):
+        if kind in ("start", "metrics", "eval", "resize", "end") and isinstance(event.get("step"), int):
             self.step = event["step"]
 
     def state(self, *, is_locked: bool) -> RunState:
@@ -127,7 +131,13 @@ def parse(line: bytes) -> Event | None:
             return None
         if event["kind"] == "end" and event["state"] not in END_STATES:
             return None
-        if event["kind"] in ("metrics", "eval", "checkpoint") and not isinstance(event["step"], int):
+        if event["kind"] in ("metrics", "eval", "checkpoint", "resize") and not isinstance(
+            event["step"], int
+        ):
+            return None
+        if event["kind"] == "resize" and not (
+            isinstance(event["from"], int) and isinstance(event["to"], int)
+        ):
             return None
         if event["kind"] == "eval" and not isinstance(event["split"], str):
             return None

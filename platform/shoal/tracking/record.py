@@ -42,6 +42,7 @@ from shoal.tracking.journal import (
     metrics_frame,
     parse,
 )
+from shoal.tracking.resizing import Resizing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,6 +80,8 @@ class RunRecord:
         self.identity_path = self.dir / _IDENTITY
         self._trial_path = self.dir / "trial.json"
         self._stop = StopMark(self.dir)
+        self.resizing = Resizing(self.dir)
+        """How many workers the run should have."""
         self._folding = threading.Lock()
         self._folded = Folded()
         self._offset = 0

@@ -1,4 +1,4 @@
-"""What a run does between its steps: metrics, evaluation, checkpoints, the wish to stop, its last line."""
+"""What a run does between its steps: metrics, evaluation, checkpoints, wishes to stop or resize, its last line."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from shoal.tracking import RunRecord, RunState
 from shoal.train.cadence import Cadence
 from shoal.train.checkpoints import CheckpointWriter, Snapshot, take_snapshot, write_snapshot
 from shoal.train.group import Group
+from shoal.train.pulse import heart
+from shoal.train.reduce import Wishes
 from shoal.train.resume import Beginning, facts
 from shoal.train.session import Session
 from shoal.train.spec import EvalListener, RunSpec, digest_of
@@ -29,6 +31,11 @@ class RunBoundary:
         self._saved_step: int | None = None
         self._evaluated: tuple[int, dict[str, float]] = (0, {})
         self._stop = False
+        self._resize_to: int | None = None
+        """What is ordered, on rank 0."""
+        self._leaves_for: int | None = None
+        """What is on its way, on rank 0: this attempt is over."""
+        self._cannot_leave = False
         self._run = digest_of(record.identity())
         self._writer = (
             CheckpointWriter(
@@ -50,34 +57,39 @@ class RunBoundary:
             if self._writer is not None:
                 self._writer.know_best(step, self._best)
 
-    def wants_checkpoint(self) -> bool:
-        is_free = self._writer is not None and not self._writer.is_writing
-        return is_free and self._cadence.is_checkpoint_due()
-
-    def wants_stop(self) -> bool:
+    def wishes(self) -> Wishes:
         if self._group.is_first and not self._stop and self._cadence.is_look_due():
             self._cadence.looked()
             self._stop = self._record.stop_requested()
-        return self._stop
+            self._resize_to = self._record.resizing.ordered(self._record.attempt)
+        is_free = self._writer is not None and not self._writer.is_writing
+        return Wishes(
+            checkpoint=is_free and self._cadence.is_checkpoint_due(),
+            stop=self._stop,
+            resize=self._resize_to is not None
+            and (not self._cannot_leave or self._cadence.is_checkpoint_due()),
+        )
 
-    def after_step(self, session: Session, *, checkpoint: bool, stop: bool) -> bool:
+    def after_step(self, session: Session, wishes: Wishes) -> bool:
         is_last = session.steps_done >= self._spec.target_steps
-        self._write_metrics(session, force=is_last or stop)
+        is_end = is_last or wishes.stop
+        self._write_metrics(session, force=is_end or wishes.resize)
         values: dict[str, float] = {}
         if is_last or session.steps_done % self._spec.recipe.eval_every == 0:
             values = self._evaluate(session)
             self._evaluated = session.steps_done, values
         is_best = self._is_new_best(values)
-        if checkpoint or stop or is_last or is_best or (values and self._spec.checkpoint_at_eval):
+        if any(wishes) or is_last or is_best or (values and self._spec.checkpoint_at_eval):
             self._save(session, values)
         if values and self._spec.checkpoint_at_eval:
             self._wait_written()  # whoever is told may copy it
         if values and self._group.is_first and self._on_eval is not None:
             self._on_eval(session.steps_done, values)  # last: it may take its time, or raise
-        return is_last or stop
+        return is_end or (wishes.resize and self._is_committed(session))
 
+    @heart.during("save")
     def finish(self, session: Session) -> None:
-        """Write what is left and the run's last line."""
+        """Write what is left and the attempt's last line."""
         if session.steps_done >= self._spec.target_steps and session.data.test is not None:
             test = session.evaluate(session.data.test)
             if self._group.is_first:
@@ -87,11 +99,18 @@ class RunBoundary:
         self._wait_written()
         if self._writer is not None:
             self._writer.close()
-            is_done = session.steps_done >= self._spec.target_steps
-            state = RunState.FINISHED if is_done else RunState.STOPPED
-            self._record.append_end(state, step=session.steps_done)
+            self._write_last_line(session.steps_done)
         self._group.share(None)  # nobody leaves before the last line is written
 
+    def _write_last_line(self, step: int) -> None:
+        if step >= self._spec.target_steps:
+            self._record.append_end(RunState.FINISHED, step=step)
+        elif self._leaves_for is not None:
+            self._record.append("resize", step=step, **{"from": self._group.size, "to": self._leaves_for})
+        else:
+            self._record.append_end(RunState.STOPPED, step=step)
+
+    @heart.during("save")
     def rescue(self, session: Session) -> None:
         """After a peer was lost: commit the last step boundary, which every survivor has, so that no step is lost.
 
@@ -133,6 +152,7 @@ class RunBoundary:
         self._best = value
         return True
 
+    @heart.during("save")
     def _save(self, session: Session, values: dict[str, float]) -> None:
         if session.steps_done == self._saved_step:
             return
@@ -153,6 +173,7 @@ class RunBoundary:
             values=values,
         )
 
+    @heart.during("save")
     def _wait_written(self) -> None:
         """Wait on every rank until nothing is being written.
 
@@ -160,6 +181,18 @@ class RunBoundary:
         """
         while not self._group.share(self._writer is None or self._writer.join(timeout_s=WRITE_SLICE_S)):
             pass
+
+    def _is_committed(self, session: Session) -> bool:
+        """Whether this boundary is on the disk, so that another number of workers can go on from here; waits for it.
+
+        If it is not (the disk is full, say), these go on, and try again when the next checkpoint is due.
+        """
+        self._wait_written()
+        is_there = checkpoint_path(self._record.checkpoints_dir, session.steps_done).exists()
+        self._cannot_leave = not self._group.share(is_there)
+        if not self._cannot_leave:
+            self._leaves_for = self._resize_to
+        return not self._cannot_leave
 
     def _write_metrics(self, session: Session, *, force: bool) -> None:
         if not (self._group.is_first and (force or self._cadence.is_line_due(session.steps_done))):

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 STOP_POLL_S = 0.25
-"""How often rank 0 looks whether someone asked the run to stop."""
+"""How often rank 0 looks whether the run is asked to stop or to resize."""
 NUM_METRIC_LINES = 200
 """About how many lines of training metrics a run writes."""
 MAX_METRIC_GAP_S = 2.0
@@ -36,7 +36,7 @@ class Cadence:
         self._last_checkpoint = self._clock()
 
     def is_look_due(self) -> bool:
-        """Whether to look if someone asked the run to stop: a look at the disk, too much for every step."""
+        """Whether to look if the run is asked to stop or to resize: a look at the disk, too much for every step."""
         return self._clock() - self._last_look >= STOP_POLL_S
 
     def looked(self) -> None:

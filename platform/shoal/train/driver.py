@@ -1,29 +1,38 @@
-"""Start a run on a cluster and keep its workers alive, from a thread of the process that asked for it."""
+"""Start a run on a cluster and keep its workers alive, as many as wished, from a thread of whoever asked for it."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.capacity import Resources, grant, snapshot
+from shoal.capacity import Resources, grant, room, snapshot
+from shoal.cluster.imports import remember_imports
 from shoal.config.values import Range
 from shoal.errors import DeadlineExceeded
 from shoal.storage import FileLock, make_directories
-from shoal.tracking import RunRecord, RunState, being_trained
+from shoal.tracking import RunRecord, RunState, Wish, being_trained
+from shoal.train.elastic import Elastic, looking
 from shoal.train.run import Run
 from shoal.train.spec import RunSpec
+from shoal.train.stall import record_stall
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
 
     from shoal.train.workers import Workers
 
+HOLD_OUT_S = 5.0
+"""How long a run that is being resized waits for the room it expects before it takes less."""
+
 
 def launch(spec: RunSpec, *, workers: Range, resources_per_worker: Resources, retries: int) -> Run:
     """Start the run, or go on with it, or return it if it is finished. Returns at once.
 
-    The caller must be attached to a cluster. ``retries`` is how often workers that died are started again.
+    The caller must be attached to a cluster. ``retries`` is how often within an hour workers that died are replaced.
 
     Raises:
         IdentityError: the name belongs to a run with another identity.
@@ -68,7 +77,8 @@ def finished_run(spec: RunSpec, record: RunRecord) -> Run | None:
 class WorkersDriver:
     """A thread that keeps the workers of one run alive; see `run.Driver`.
 
-    ``placement_group`` is for a caller that holds the workers' room already, as in `workers.Workers`.
+    ``placement_group`` is for a caller that holds the workers' room already, as in `workers.Workers`: their number
+    never changes. Without one it does as the range and `resize` wish, at step boundaries.
     """
 
     def __init__(
@@ -87,6 +97,19 @@ class WorkersDriver:
         self._resources_per_worker = resources_per_worker
         self._retries = retries
         self._placement_group = placement_group
+        self._elastic = (
+            Elastic(
+                record,
+                Wish(
+                    workers=workers,
+                    most=spec.recipe.batch_size if spec.shards is None else spec.shards,
+                    per_worker=resources_per_worker,
+                ),
+                free_room=lambda: room(snapshot(), resources_per_worker),
+            )
+            if placement_group is None
+            else None
+        )
         self._begin = record.end_offset
         self._driving = FileLock(record.driver_lock_path)
         self._failure: BaseException | None = None
@@ -100,6 +123,7 @@ class WorkersDriver:
 
         Raises:
             RequestError: another process drives the run.
+            StorageError: storage is full or not writable.
         """
         try:
             self._driving.acquire()
@@ -107,6 +131,14 @@ class WorkersDriver:
             raise being_trained(self._spec.name, by=str(err)) from None
         if not heed_stop:
             self._record.clear_stop()
+        try:
+            if self._elastic is not None:
+                self._elastic.begin()
+            else:
+                self._record.resizing.begin(None)
+        except BaseException:
+            self._driving.release()
+            raise
         self._thread.start()
 
     def is_alive(self) -> bool:
@@ -120,7 +152,8 @@ class WorkersDriver:
     def waits_for(self) -> str:
         """What keeps the run from starting: room, or its workers' processes."""
         group = self._group
-        count = f"{self._workers} worker{'s' if self._workers.max > 1 else ''}"
+        wanted = self._wanted()
+        count = f"{wanted} worker{'s' if wanted.max > 1 else ''}"
         return f"{count} to start" if group is not None and group.has_room else f"room for {count}"
 
     def begin(self) -> int:
@@ -158,17 +191,44 @@ class WorkersDriver:
             train_on_worker,
             {"spec": self._spec},
             name=self._spec.name,
-            workers=self._workers,
+            workers=self._wanted,
             resources_per_worker=self._resources_per_worker,
             max_failures=self._retries,
             storage_path=_ray_folder(self._spec),
             placement_group=self._placement_group,
+            on_stall=partial(record_stall, self._record),
         )
         with self._lock:
             self._group = group
             if self._aborted:
                 return
-        group.run()
+        if self._elastic is None:
+            group.run()
+        else:
+            self._run_elastic(group, self._elastic)
+
+    def _run_elastic(self, group: Workers, elastic: Elastic) -> None:
+        """Run the group, and run it again whenever it ended for another number of workers to go on."""
+        was_stopped = False
+
+        def look() -> None:
+            nonlocal was_stopped
+            if elastic.is_between() and self._record.stop_requested():
+                was_stopped = True  # all is committed: nobody need start for that
+                group.abort()
+            else:
+                elastic.look()
+
+        with looking(look):
+            group.run()
+            while elastic.is_between() and not (self._aborted or self._record.stop_requested()):
+                group.run(hold_out_s=HOLD_OUT_S)
+        is_over = self._record.summary().ended is not None
+        if (was_stopped or elastic.is_between()) and not (is_over or self._aborted):
+            self._record.append_end(RunState.STOPPED, step=self._record.step)
+
+    def _wanted(self) -> Range:
+        return self._workers if self._elastic is None else self._elastic.wanted()
 
     def _record_failure(self, err: BaseException) -> None:
         last = self._record.events(("start", "end"), since=self._begin)[-1:]
@@ -177,17 +237,44 @@ class WorkersDriver:
         self._record.append_end(RunState.FAILED, step=self._record.step, failure=err)
 
 
+IMPORTS_KNOWN_S = (3.0, 30.0)
+"""When, after a worker's start, it has probably imported what its recipe needs; looked at then."""
+
+
 def train_on_worker(config: dict[str, Any]) -> None:
     """What runs in every worker process on the cluster."""
     from shoal.train.engine import train_worker
     from shoal.train.group import Group
     from shoal.train.output import captured_output, log_path
+    from shoal.train.stacks import dumps_on_signal
 
     spec: RunSpec = config["spec"]
     group = Group.current()
     record = RunRecord(spec.storage, spec.name)
-    with captured_output(log_path(record.logs_dir, group.rank)):
+    with (
+        captured_output(log_path(record.logs_dir, group.rank)),
+        dumps_on_signal(),
+        _imports_noted(is_mine=group.is_first),
+    ):
         train_worker(spec, group)
+
+
+@contextmanager
+def _imports_noted(*, is_mine: bool) -> Iterator[None]:
+    """While a run trains, note what it imported, so that the process of a replacement has it already."""
+    ended = threading.Event()
+
+    def note() -> None:
+        for delay_s in IMPORTS_KNOWN_S:
+            if not ended.wait(delay_s):
+                remember_imports()
+
+    if is_mine:
+        threading.Thread(target=note, name="shoal-imports", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def _ray_folder(spec: RunSpec) -> Path:

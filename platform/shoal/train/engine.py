@@ -1,4 +1,4 @@
-"""One worker's part of one run, from its first line in the record to its last. No Ray here."""
+"""One worker's part of one attempt at a run, from its first line in the record to its last. No Ray here."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from shoal.tracking import RunRecord, RunState, being_trained
 from shoal.train.boundary import RunBoundary
 from shoal.train.group import Group
 from shoal.train.loader import build_data
+from shoal.train.pulse import heart
 from shoal.train.resume import check_data, restore, warn_of_changed_code
 from shoal.train.session import Session
 from shoal.train.spec import EvalListener, RunSpec
@@ -23,7 +24,7 @@ LOCK_TIMEOUT_S = 20.0
 
 
 def train_worker(spec: RunSpec, group: Group, *, on_eval: EvalListener | None = None) -> None:
-    """Take this worker's part in the run until it ends. Blocks.
+    """Take this worker's part in the run until it ends, or is to go on with another number of workers. Blocks.
 
     Whatever the recipe raises ends the run: it is recorded and *not* raised, because raising is how a worker
     asks to be started again. The record's last line tells how it ended.
@@ -34,7 +35,7 @@ def train_worker(spec: RunSpec, group: Group, *, on_eval: EvalListener | None = 
     """
     record = RunRecord(spec.storage, spec.name)
     begin = record.end_offset
-    with _HeldRun(record, group):
+    with heart.attempt(), _HeldRun(record, group):
         try:
             _train(spec, group, record, on_eval)
         except PeerLost:
@@ -116,10 +117,10 @@ class _HeldRun:
 
 
 def _has_ended(record: RunRecord, begin: int, *, timeout_s: float = 2.0) -> bool:
-    """True if a worker has recorded the end of this attempt; it may be a moment behind us."""
+    """True if a worker has recorded the end of this attempt, for good or not; it may be a moment behind us."""
     deadline = time.monotonic() + timeout_s
     while True:
-        if record.events(("end",), since=begin):
+        if record.events(("end", "resize"), since=begin):
             return True
         if time.monotonic() >= deadline:
             return False

@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 
 from shoal.errors import PeerLost
+from shoal.train.pulse import heart
 
 COLLECTIVE_TIMEOUT_S = 120.0
 """How long a collective waits for the slowest rank before it fails; torch's own default is 30 minutes."""
@@ -55,7 +56,7 @@ class Group:
     def sum(self, tensor: torch.Tensor) -> None:
         """Add ``tensor`` over all ranks, in place. Blocks."""
         if self.size > 1:
-            with _peer_errors():
+            with _peer_errors(), heart.waiting:
                 dist.all_reduce(tensor)
 
     def start_sum(self, tensor: torch.Tensor) -> dist.Work | None:
@@ -86,13 +87,13 @@ class Group:
     def finish(self, work: dist.Work | None) -> None:
         """Block until what a ``start_...`` began is done."""
         if work is not None:
-            with _peer_errors():
+            with _peer_errors(), heart.waiting:
                 work.wait()
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Overwrite ``tensor`` with rank 0's. Blocks."""
         if self.size > 1:
-            with _peer_errors():
+            with _peer_errors(), heart.waiting:
                 dist.broadcast(tensor, src=0)
 
     def gather(self, value: Any) -> list[Any]:
@@ -103,7 +104,7 @@ class Group:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with _peer_errors():
+        with _peer_errors(), heart.waiting:
             dist.all_gather_object(values, value)
         return values
 
@@ -112,7 +113,7 @@ class Group:
         if self.size == 1:
             return value
         box = [value]
-        with _peer_errors():
+        with _peer_errors(), heart.waiting:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 

@@ -9,6 +9,7 @@ from shoal.recipe import Recipe
 from shoal.train.group import Group
 from shoal.train.loader import build_data
 from shoal.train.options import RunOptions
+from shoal.train.reduce import Wishes
 from shoal.train.session import Session
 
 if TYPE_CHECKING:
@@ -41,13 +42,10 @@ class _Listener:
     def __init__(self) -> None:
         self.history: list[dict[str, float]] = []
 
-    def wants_checkpoint(self) -> bool:
-        return False
+    def wishes(self) -> Wishes:
+        return Wishes()
 
-    def wants_stop(self) -> bool:
-        return False
-
-    def after_step(self, session: Session, *, checkpoint: bool, stop: bool) -> bool:
+    def after_step(self, session: Session, wishes: Wishes) -> bool:
         self.history.append({"step": session.steps_done, **(session.take_progress() or {})})
         return session.steps_done >= session.target_steps
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from shoal.tracking import RunRecord
+from shoal.train.stall import stall_text
 
 PLAIN_INTERVAL_S = 5.0
 """Seconds between lines where there is no terminal."""
@@ -85,6 +86,7 @@ class _Feed:
         self.step = 0
         self.target: int | None = None
         self.workers = 0
+        self.is_resizing = False
         self.values: dict[str, float] = {}
         self.val: dict[str, float] = {}
 
@@ -94,9 +96,10 @@ class _Feed:
         return [line for event in events if (line := self._fold(event))]
 
     def detail(self) -> str:
-        """Loss, speed and workers in a few words; before the start, what the run waits for."""
-        if self.target is None:
-            return f"starting: waiting for {self._waits_for()}" if self._waits_for else "starting"
+        """Loss, speed and workers in a few words; before they start, and start again, what the run waits for."""
+        if self.target is None or self.is_resizing:
+            what = "resizing" if self.is_resizing else "starting"
+            return f"{what}: waiting for {self._waits_for()}" if self._waits_for else what
         parts = []
         if "loss" in self.values:
             parts.append(f"loss {self.values['loss']:.4g}")
@@ -104,26 +107,40 @@ class _Feed:
         if "samples_per_s" in self.values:
             parts.append(f"{self.values['samples_per_s']:,.0f} samples/s")
         if self.workers:
-            parts.append(f"{self.workers} worker{'s' if self.workers > 1 else ''}")
+            parts.append(_workers_text(self.workers))
         return "  ".join(parts)
 
     def _fold(self, event: dict[str, Any]) -> str:
         kind = event["kind"]
-        if kind in ("start", "metrics", "eval", "end"):  # a checkpoint's line is of an earlier step
+        if kind in ("start", "metrics", "eval", "resize", "end"):  # a checkpoint's line is of an earlier step
             self.step = event["step"]
         if kind == "start":
             self.target, self.workers = event["target_steps"], event["workers"]
+            self.is_resizing = False
             self.values, self.val = {}, {}  # an earlier attempt's speed and loss say nothing about this one
-            return f"resumed from step {event['step']:,} on {self.workers} workers" if event["step"] else ""
+            return (
+                f"resumed from step {event['step']:,} on {_workers_text(self.workers)}"
+                if event["step"]
+                else ""
+            )
         if kind == "metrics":
             self.values = event["values"]
         elif kind == "eval" and event["split"] == "val":
             self.val = event["values"]
+        elif kind == "resize":
+            self.is_resizing = True
+            return f"committed at step {event['step']:,} to go on with {_workers_text(event['to'])}"
+        elif kind == "stall":
+            return stall_text(event)
         elif kind == "warning":
             return f"warning: {event['message']}"
         elif kind == "rejected":
             return f"checkpoint {event['path']} does not verify ({event['reason']}); going back to the one before"
         return ""
+
+
+def _workers_text(count: int) -> str:
+    return f"{count} worker{'s' if count > 1 else ''}"
 
 
 class _Plain:

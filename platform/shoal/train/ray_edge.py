@@ -18,7 +18,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -41,14 +41,19 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision, F
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision, ScalingPolicy
 from ray.train.v2._internal.execution.worker_group import ReplicaGroup, WorkerGroup
 from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
+from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
+from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 
 from shoal.capacity import Resources
 from shoal.cluster.warm import add_warm_processes
 from shoal.errors import PeerLost, ShoalError
+from shoal.train.pulse import heart
+from shoal.train.ray_watch import Watch
 from shoal.train.rendezvous import Place, Rendezvous, places, run_in_generations, take_seat
 from shoal.train.retries import Retries
+from shoal.train.stall import OnStall
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +67,15 @@ _REFILL_AFTER_S = 2.0
 
 _RESCUE_S = 30.0
 """How long the survivors of a lost worker may take to commit the step boundary that they hold."""
+
+
+class _Worker(RayTrainWorker):  # type: ignore[misc]
+    """A worker that says more of itself whenever it is polled."""
+
+    def poll_status(self) -> WorkerStatus:
+        status = super().poll_status()
+        status.pulse = heart.read()
+        return status
 
 
 @dataclass(frozen=True)
@@ -82,6 +96,10 @@ class _Group(WorkerGroup):  # type: ignore[misc]  # Ray has no types
     room: ClassVar[_Room]
     """The controller sets it in its process."""
 
+    watch: ClassVar[Watch]
+    """The controller sets it, too."""
+
+    _worker_cls = _Worker
     _worker_group_state: Any  # Ray Train's own
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -109,8 +127,9 @@ class _Group(WorkerGroup):  # type: ignore[misc]  # Ray has no types
         ]
         ray.get([worker.execute_async(take_seat, seat) for worker, seat in zip(workers, seats, strict=True)])
 
-    def meet(self) -> None:
-        """Let the workers, who have all started, form a process group."""
+    def meet(self, replaced: Iterable[int] | None = None) -> None:
+        """Let the workers, who have all started, form a process group; ``replaced`` are new, or all of them."""
+        self.watch.watchdog.begin_group(replaced)
         self._rendezvous.call()
 
     @property
@@ -149,12 +168,30 @@ class _Group(WorkerGroup):  # type: ignore[misc]  # Ray has no types
             raise WorkerGroupStartupFailedError("a replacement died while it started") from error
         replacement.start_training(context)
 
+    def poll_status(self, timeout: float | None = None) -> WorkerGroupPollStatus:
+        status = super().poll_status(timeout)
+        self.watch.act(self.get_workers())
+        return status
+
+    def _poll_workers_and_collect_errors(self, timeout: float | None) -> list[WorkerStatus]:
+        statuses: list[WorkerStatus] = super()._poll_workers_and_collect_errors(timeout)
+        self.watch.look(statuses)
+        return statuses
+
     def shutdown(self) -> None:
-        """Let survivors of a lost worker end by themselves first: they commit what they hold."""
+        """Let survivors of a lost worker end by themselves first: they commit what they hold.
+
+        One that hangs, too, is not waited for, neither here nor by Ray.
+        """
         self._rendezvous.close()
         deadline = time.monotonic() + _RESCUE_S
-        while self.has_started() and time.monotonic() < deadline:
-            if not any(status.running for status in self._poll_workers_and_collect_errors(timeout=1.0)):
+        while self.has_started():
+            statuses = self._poll_workers_and_collect_errors(timeout=0.2)
+            running = {rank for rank, status in enumerate(statuses) if status.running}
+            hopeless = {rank for rank in running if self.watch.watchdog.is_hopeless(rank)}
+            if running == hopeless or time.monotonic() >= deadline:
+                for rank in running:
+                    ray.kill(self.get_workers()[rank].actor)
                 break
             time.sleep(0.02)
         super().shutdown()
@@ -199,18 +236,21 @@ class _Controller(TrainController):  # type: ignore[misc]
 
     worker_group_cls = _Group
 
-    def __init__(self, *, environment: Mapping[str, str], room: _Room, **kwargs: Any) -> None:
+    def __init__(
+        self, *, environment: Mapping[str, str], room: _Room, on_stall: OnStall | None, **kwargs: Any
+    ) -> None:
         # This process runs nothing else, so what is changed here concerns this run alone.
         os.environ.update(environment)
         worker_group_module.SynchronizationActor = _NoBarrier
         worker_group_state_module._shutdown_sync_actor = lambda _: None
         _Group.room = room
+        _Group.watch = Watch(on_stall, lambda: self._failure_policy.retries.has_more)
         self._num_warm_owed = 1  # this process
         super().__init__(**kwargs)
 
     def _start_worker_group(self, num_workers: int, resources_per_worker: Resources) -> None:
         super()._start_worker_group(num_workers, resources_per_worker)
-        self._meet()
+        self._meet(None)
         self._owe_warm(num_workers, _PAY_BACK_EVERY_S)
 
     def _replace_bad_workers(self, poll_status: Any) -> None:
@@ -222,11 +262,11 @@ class _Controller(TrainController):  # type: ignore[misc]
             )
             return
         super()._replace_bad_workers(poll_status)
-        self._meet()
+        self._meet(poll_status.failing_replica_group_indices)
         self._owe_warm(len(poll_status.failing_replica_group_indices), _REFILL_AFTER_S)
 
-    def _meet(self) -> None:
-        self._worker_group.meet()
+    def _meet(self, replaced: Iterable[int] | None) -> None:
+        self._worker_group.meet(replaced)
         self._failure_policy.retries.started()
 
     def _owe_warm(self, count: int, delay_s: float) -> None:
@@ -268,6 +308,11 @@ class _RestartOnDeath(FailurePolicy):  # type: ignore[misc]
         self.retries = Retries(failure_config.max_failures)
         self.pause_s = 0.0
         """What the controller waits before it acts on the decision."""
+
+    @property
+    def has_restart(self) -> bool:
+        """Whether one more failure would be retried."""
+        return bool(self.num_failures < self.failure_config.max_failures)
 
     def make_decision(self, training_failed_error: Exception) -> FailureDecision:
         if not is_worth_a_restart(training_failed_error):
@@ -339,7 +384,8 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
     """`TorchTrainer` that hands its controller to ``watch`` instead of waiting for it.
 
     ``fn`` runs on every worker as in `rendezvous.run_in_generations`; ``environment`` is the controller's;
-    ``lent`` a placement group for its workers, None to make one; ``collective_timeout_s`` torch.distributed's.
+    ``lent`` a placement group for its workers, None to make one; ``collective_timeout_s`` torch.distributed's;
+    ``on_stall`` is called in the controller's process of every worker that hangs.
     """
 
     def __init__(
@@ -349,12 +395,14 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
         environment: Mapping[str, str],
         lent: PlacementGroup | None,
         collective_timeout_s: float,
+        on_stall: OnStall | None,
         watch: Callable[[Any], Any],
         **kwargs: Any,
     ) -> None:
         super().__init__(functools.partial(run_in_generations, fn), torch_config=_Seated(), **kwargs)
         self._environment = environment
         self._room = _Room(lent, collective_timeout_s)
+        self._on_stall = on_stall
         self._watch = watch
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -368,7 +416,9 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
             ray.remote(
                 num_cpus=0,
                 label_selector={ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()},
-            )(_Controller).remote(environment=self._environment, room=self._room, **kwargs)
+            )(_Controller).remote(
+                environment=self._environment, room=self._room, on_stall=self._on_stall, **kwargs
+            )
         )
 
 

@@ -8,18 +8,31 @@ last bits (measured on gloo, 3 and 4 workers; pytorch 2.13). Here the layout is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from shoal.errors import RecipeError
 from shoal.train.exchange import Exchange, Pending
+from shoal.train.pulse import heart
 
 BUCKET_BYTES = 25 * 2**20
 """Size at which a bucket is sent while the backward pass goes on; DDP's default (Li et al., VLDB 2020)."""
 
-NUM_CONTROL = 3
-"""Control words that ride with the last gradients: loss, wish to checkpoint, wish to stop."""
+
+class Wishes(NamedTuple):
+    """What is to happen at the end of a step; what one rank wishes, all do."""
+
+    checkpoint: bool = False
+    stop: bool = False
+    """Commit, and end the run."""
+    resize: bool = False
+    """Commit, and let another number of workers go on."""
+
+
+NUM_CONTROL = 1 + len(Wishes._fields)
+"""Control words that ride with the last gradients: the loss, and the wishes."""
 
 
 class _Bucket:
@@ -140,25 +153,26 @@ class GradientBuckets:
         for bucket in self._buckets:
             bucket.begin()
 
-    def set_control(self, loss: torch.Tensor, wants_checkpoint: bool, wants_stop: bool) -> None:
+    def set_control(self, loss: torch.Tensor, wishes: Wishes) -> None:
         """What this part adds to the control words; call it before the backward pass."""
         self._control[0].add_(loss.detach())
-        if wants_checkpoint:
-            self._control[1].add_(1.0)
-        if wants_stop:
-            self._control[2].add_(1.0)
+        for word, is_wished in enumerate(wishes, start=1):
+            if is_wished:
+                self._control[word].add_(1.0)
 
     def end(self) -> None:
         """The part's backward pass is over: parameters that it did not use have the gradient zero."""
         while self._num_done < len(self._buckets):
             self._take_next()
 
-    def finish(self) -> list[float]:
-        """Wait for the sum over ranks, and return the control words' sums."""
+    def finish(self) -> tuple[float, Wishes]:
+        """Wait for the sum over ranks, and return that of the losses and what any rank wished."""
         self._exchange.finish(self._pending)
         for bucket in self._buckets:
             bucket.release()
-        return self._control.tolist()
+        with heart.waiting:  # on a GPU the collectives have only been queued so far
+            loss, *words = self._control.tolist()
+        return loss, Wishes(*(word > 0 for word in words))
 
     def close(self) -> None:
         """Take the hooks off the model."""

@@ -30,6 +30,11 @@ class Retries:
         self.num_failures = 0
         """Since the beginning, forgiven ones included."""
 
+    @property
+    def has_more(self) -> bool:
+        """Whether one more failure now would be answered with a new start."""
+        return len(self._recent()) < self._limit
+
     def started(self) -> None:
         """An attempt begins now."""
         self._started = self._clock()
@@ -39,11 +44,15 @@ class Retries:
         now = self._clock()
         self.num_failures += 1
         self._failures.append(now)
-        while self._failures[0] <= now - WINDOW_S:
-            self._failures.popleft()
-        if len(self._failures) > self._limit:
+        if len(self._recent()) > self._limit:
             return None
         self._num_short = self._num_short + 1 if now - self._started < SHORT_LIFE_S else 0
         if self._num_short < 2:
             return 0.0
         return min(FIRST_PAUSE_S * 2.0 ** (self._num_short - 2), LONGEST_PAUSE_S)
+
+    def _recent(self) -> deque[float]:
+        """Drop the failures that are forgiven."""
+        while self._failures and self._failures[0] <= self._clock() - WINDOW_S:
+            self._failures.popleft()
+        return self._failures

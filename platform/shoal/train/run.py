@@ -1,4 +1,4 @@
-"""A handle on a run: what it is doing, how it went, how to stop it. Reads the record, so it works anywhere."""
+"""A handle on a run: what it is doing, how it went, how to stop it. Works anywhere: it reads and marks the record."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from shoal.train.progress import Reporter, reporter
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+    from shoal.config import Range
 
 POLL_S = 0.1
 """How often a wait looks at the record."""
@@ -86,6 +88,11 @@ class Run:
         return self._record.step
 
     @property
+    def workers(self) -> int | None:
+        """How many workers train it, or did last; None before it was ever started."""
+        return self._record.summary().workers
+
+    @property
     def objective(self) -> Objective | None:
         """What "best" means for this run; None before it has an identity."""
         return objective_of(self._record)
@@ -122,6 +129,22 @@ class Run:
             self._driver.stop()
         else:
             self._record.mark_stop()
+
+    def resize(self, workers: int | str | Range) -> None:
+        """Ask for another number of workers, ``2`` or of a range ``"1..4"`` as many as are free; does not block.
+
+        As soon as there is room the run commits at a step boundary and goes on from it with so many: no step is lost,
+        and batches, their order and the schedule stay what they were. Any process may ask; a new start of the run
+        says its own number.
+
+        Raises:
+            RequestError: not 1 or more; more than the run can ever have, or than fit into the cluster that this
+                process is attached to; the run is not being trained, or by a fixed number (`torchrun`, a trial).
+            StorageError: storage is full or not writable.
+        """
+        from shoal.train.resize import resize
+
+        resize(self._record, workers)
 
     def abort(self) -> None:
         """End the workers at once; the run goes on from its last commit when it is started again."""

@@ -23,7 +23,8 @@ from shoal.train.buffers import Buffers
 from shoal.train.group import Group
 from shoal.train.loader import batch_length, evaluation_loader, to_device, training_loader
 from shoal.train.order import DataOrder
-from shoal.train.reduce import GradientBuckets
+from shoal.train.pulse import heart
+from shoal.train.reduce import GradientBuckets, Wishes
 from shoal.train.scheme import exact, fast
 from shoal.train.seeds import derive_seed, seed_everything
 from shoal.train.spec import Precision
@@ -33,10 +34,12 @@ from shoal.train.tree import share_of
 class Boundary(Protocol):
     """What happens between steps: record, evaluate, checkpoint. The engine's side of a session."""
 
-    def wants_checkpoint(self) -> bool: ...
-    def wants_stop(self) -> bool: ...
-    def after_step(self, session: Session, *, checkpoint: bool, stop: bool) -> bool:
-        """Do what is due at this boundary; True ends the run here."""
+    def wishes(self) -> Wishes:
+        """What this rank wishes for the end of the step under way."""
+        ...
+
+    def after_step(self, session: Session, wishes: Wishes) -> bool:
+        """Do what is due at this boundary, where all ranks know what any wished; True ends the loop here."""
         ...
 
 
@@ -120,8 +123,9 @@ class Session:
     def batches(self) -> Iterator[Any]:
         """This worker's share of each batch from the current step to the last, on its device.
 
-        Ends early when the run is asked to stop. Every batch must be followed by `backward` and `step`. In an
-        exact run a worker's share comes in several batches, one per shard; `step` then takes a step after the last.
+        Ends early when the run is asked to stop, or to go on with another number of workers. Every batch must be
+        followed by `backward` and `step`. In an exact run a worker's share comes in several batches, one per shard;
+        `step` then takes a step after the last.
 
         Raises:
             RecipeError: a batch was taken without a `step` for the one before it.
@@ -172,10 +176,7 @@ class Session:
         self._move("batch", to="backward")
         weight = self._weight()
         loss = loss.reshape(()) * weight
-        is_first = self._part == 0  # a wish counts once per worker
-        self._gradients.set_control(
-            loss, is_first and self._boundary.wants_checkpoint(), is_first and self._boundary.wants_stop()
-        )
+        self._gradients.set_control(loss, self._boundary.wishes() if self._part == 0 else Wishes())
         self._buffers.ride(self._gradients.rider, weight)
         loss.backward()  # type: ignore[no-untyped-call]
         self._gradients.end()
@@ -195,7 +196,7 @@ class Session:
         self._move("backward", to="step")
         if self._part < len(self._scheme.mine) - 1:
             return
-        loss, wants_checkpoint, wants_stop = self._gradients.finish()
+        loss, wishes = self._gradients.finish()
         if not math.isfinite(loss):
             raise RecipeError(
                 f"step {self.steps_done}: the loss is {loss}; the weights are those before this step. "
@@ -209,13 +210,15 @@ class Session:
         if self.scheduler is not None:
             self.scheduler.step()
         self.step_done(loss)
-        self._ended = self._boundary.after_step(self, checkpoint=wants_checkpoint > 0, stop=wants_stop > 0)
+        self._ended = self._boundary.after_step(self, wishes)
 
     def log(self, **values: float | torch.Tensor) -> None:
         """Record values of your own beside the loss; the mean over the steps since the last line is kept.
 
-        Rank 0's values are recorded. Does not block.
+        Rank 0's values are recorded. Does not block. Called during a long pause of a loop, also without values, it
+        tells the watchdog that this worker moves.
         """
+        heart.beat()
         if not self.group.is_first:
             return
         if self._progress.logged is None:
@@ -252,6 +255,7 @@ class Session:
         self._is_within_step = False
         self._progress.loss += loss
         self._progress.num_steps += 1
+        heart.step(self.steps_done)
 
     def take_progress(self) -> dict[str, float] | None:
         """Mean loss, own values and rate since the last call; None if no step was taken since."""
@@ -267,6 +271,7 @@ class Session:
         }
         return values | {name: sum(vs) / len(vs) for name, vs in (done.logged or {}).items()}
 
+    @heart.during("evaluate")
     def evaluate(self, dataset: Dataset[Any]) -> dict[str, float]:
         """Mean loss and recipe metrics over a dataset, each worker measuring its share. Blocks; same on all."""
         was_training = self.model.training
@@ -291,6 +296,7 @@ class Session:
             found |= self.recipe.metrics(self.model, batch)
             for name, value in found.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * weight
+            heart.beat()
         return sums, len(share)
 
     def close(self) -> None:

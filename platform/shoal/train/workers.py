@@ -31,6 +31,7 @@ from shoal.config import Range
 from shoal.errors import ClusterError, DeadlineExceeded, ShoalError, WorkerLost
 from shoal.train.ray_edge import Trainer, found_no_room, is_worth_a_restart, keep_raylet_quiet
 from shoal.train.retries import Retries
+from shoal.train.stall import OnStall
 
 _POLL_S = 0.2
 """How often the controller looks at its workers; a death is acted on that much later at worst."""
@@ -52,7 +53,7 @@ class _End(enum.Enum):
 
 
 class Workers:
-    """One group of training workers on the cluster; `run` it in a thread, `abort` it from any other.
+    """A group of training workers on the cluster; `run` it in a thread, `abort` it from any other.
 
     Args:
         fn: runs on every worker with ``config``, in a thread; ``torch.distributed`` is initialised there
@@ -60,7 +61,7 @@ class Workers:
             module-level function travels by name. It sees OMP_NUM_THREADS as Ray set it: one worker's CPUs.
             Where it raises `PeerLost` its process stays: it is called again when the dead were replaced.
         name: for Ray's pages and logs; need not be unique.
-        workers: how many; the range is granted from what is free, again at each new start.
+        workers: how many are wanted; asked, and granted from what is free, again at each new start.
         resources_per_worker: Ray resources, such as ``{"CPU": 1}``.
         max_failures: how many times within an hour workers that died are replaced (`Retries`), and a controller is.
         storage_path: an existing folder; Ray Train leaves a small folder of its own under ``<storage_path>``.
@@ -70,7 +71,9 @@ class Workers:
         collective_timeout_s: how long a worker waits for its peers in one collective before it fails.
         placement_group: one that the caller holds, whose bundle n is room for worker n. The workers start, and
             start again, in it instead of in room that is granted; it stays when they are gone. ``workers`` is
-            then one number, that of its bundles.
+            then always one number, that of its bundles.
+        on_stall: told of every worker that hangs (`StallReport`), in the controller's process, before the worker is
+            replaced. It is pickled: keep what it holds small, as the controller imports it.
     """
 
     def __init__(
@@ -79,7 +82,7 @@ class Workers:
         config: dict[str, Any],
         *,
         name: str,
-        workers: Range,
+        workers: Callable[[], Range],
         resources_per_worker: Resources,
         max_failures: int,
         storage_path: Path,
@@ -87,6 +90,7 @@ class Workers:
         start_timeout_s: float = 3.0,
         collective_timeout_s: float = 120.0,
         placement_group: PlacementGroup | None = None,
+        on_stall: OnStall | None = None,
     ) -> None:
         self._fn = fn
         self._config = config
@@ -100,6 +104,7 @@ class Workers:
         self._start_timeout_s = start_timeout_s
         self._collective_timeout_s = collective_timeout_s
         self._placement_group = placement_group
+        self._on_stall = on_stall
         # Ray Train resumes a name it has seen, from files it does not verify: each start gets a new one.
         self._ray_name = f"shoal-{name}-{uuid.uuid4().hex[:8]}"
         self._stop = threading.Event()
@@ -112,10 +117,12 @@ class Workers:
         """Whether room was granted and the workers start, or run."""
         return self._controller is not None
 
-    def run(self) -> None:
+    def run(self, *, hold_out_s: float = 0.0) -> None:
         """Run until ``fn`` returned on every worker; returns early, without an error, after `abort`.
 
-        Blocks. Whichever way it ends, no actor and no placement group that it made remains.
+        Blocks. Whichever way it ends, no actor and no placement group that it made remains, and unless it was
+        aborted it may be run again, failures counted on. ``hold_out_s``: how long to wait for the most that are
+        wanted before fewer will do; Ray says that room is free some moments after it is.
 
         Raises:
             RequestError: the workers can never fit into this cluster.
@@ -126,7 +133,7 @@ class Workers:
         """
         num_taken = 0
         while num_taken < _NUM_GRANTS:
-            granted = self._wait_for_grant()
+            granted = self._wait_for_grant(hold_out_s)
             try:
                 end = _End.DONE if self._stop.is_set() else self._run_group(granted)
             finally:
@@ -135,7 +142,7 @@ class Workers:
                 return
             num_taken += end is _End.NO_ROOM
         raise DeadlineExceeded(
-            f"run {self._name}: room for {self._workers} worker(s) was free {_NUM_GRANTS} times and taken by "
+            f"run {self._name}: room for {self._workers()} worker(s) was free {_NUM_GRANTS} times and taken by "
             f"somebody else each time before the workers were there. See `shoal status`, or try again."
         )
 
@@ -154,11 +161,15 @@ class Workers:
         except (RayActorError, GetTimeoutError):
             ray.kill(controller)  # gone already, or busy starting workers: they die with it
 
-    def _wait_for_grant(self) -> int:
+    def _wait_for_grant(self, hold_out_s: float) -> int:
         if self._placement_group is not None:
-            return self._workers.min
+            return self._workers().min
         return wait_for_grant(
-            self._workers, self._resources_per_worker, wait_s=self._grant_wait_s, stop=self._stop
+            self._workers,
+            self._resources_per_worker,
+            wait_s=self._grant_wait_s,
+            hold_out_s=hold_out_s,
+            stop=self._stop,
         )
 
     def _run_group(self, num_workers: int) -> _End:
@@ -210,6 +221,7 @@ class Workers:
             },
             lent=self._placement_group,
             collective_timeout_s=self._collective_timeout_s,
+            on_stall=self._on_stall,
             watch=self._watch,
         )
         keep_raylet_quiet()

@@ -63,8 +63,8 @@ class SweepOptions:
     gpus_per_worker: float | None = None
     """None: one where the file's pool for training and the cluster have them."""
     retries: int | None = None
-    """How often a trial whose process dies is started again; with several workers, how often these are when one
-    dies. None: the file's."""
+    """How often a trial whose process dies is started again; with several workers, how often within an hour one that
+    dies is replaced. None: the file's."""
 
     def __post_init__(self) -> None:
         check(self, RULES)

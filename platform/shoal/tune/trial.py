@@ -35,7 +35,7 @@ class TrialPlan:
     """Of each trial. One trains in the trial's own process; several are processes besides it."""
     resources_per_worker: Resources = field(default_factory=lambda: {"CPU": 1.0})
     retries: int = 0
-    """How often a trial whose process dies is started again; of one on several workers, how often these are."""
+    """How often a trial whose process dies is started again; of several workers, how often one is replaced."""
 
     def spec(self, number: int, fields: Mapping[str, Any], source: Source | None = None) -> RunSpec:
         """The run of one trial; ``source``: the checkpoint of another that it goes on from.

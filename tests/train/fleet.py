@@ -1,0 +1,147 @@
+"""Groups of workers in milliseconds: forked from a process that has imported torch and never trained.
+
+``fleet.py`` is that process. It reads one `Group` a line from its standard input, as JSON, and answers with the exit
+codes of its workers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from projects import ROOT
+from shoal.storage import Storage
+from shoal.tracking import RunRecord
+
+KILLED = int(-signal.SIGKILL)
+RAISED = 70
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """One attempt at a run of `Elastic` recipes."""
+
+    storage: str
+    name: str
+    workers: int
+    steps: int
+    batch_size: int
+    shards: int | None = None
+    resizes: dict[int, int] = field(default_factory=dict)
+    """By step, how many workers are ordered to go on from its end."""
+    kill_at: str = ""
+    """Where rank 0 of a group that is resized dies: ``ordered``, ``committed``, ``written``; empty: nowhere."""
+
+
+class Fleet:
+    """The process that groups are forked from; `close` it."""
+
+    def __init__(self) -> None:
+        folders = (ROOT / "platform", ROOT / "tests", Path(__file__).parent)
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, folders)),
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def train(self, group: Group) -> list[int]:
+        """Exit codes by rank. Blocks until all are gone."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(asdict(group)) + "\n")
+        self._process.stdin.flush()
+        codes: list[int] = json.loads(self._process.stdout.readline())
+        return codes
+
+    def train_elastic(self, group: Group) -> RunRecord:
+        """As a driver does: start as many as were ordered, until nobody is to go on; all must end well."""
+        record = RunRecord(Storage(Path(group.storage)), group.name)
+        for _ in range(len(group.resizes) + 1):
+            assert self.train(group) == [0] * group.workers
+            resize = record.summary().resize
+            if resize is None:
+                return record
+            group = replace(group, workers=resize["to"])
+        raise AssertionError(f"resized more often than ordered: {record.events(('start', 'resize'))}")
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+
+
+def serve() -> None:
+    # What the workers need is imported once, here.
+    import shoal.train.engine  # noqa: F401
+    import toy_elastic  # noqa: F401
+
+    for line in sys.stdin:
+        told: dict[str, Any] = json.loads(line)
+        told["resizes"] = {int(step): size for step, size in told["resizes"].items()}
+        group = Group(**told)
+        with tempfile.TemporaryDirectory() as folder:
+            pids = [_fork(group, rank, Path(folder) / "rendezvous") for rank in range(group.workers)]
+            codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        print(json.dumps(codes), flush=True)
+
+
+def _fork(group: Group, rank: int, rendezvous: Path) -> int:
+    if pid := os.fork():
+        return pid
+    code = RAISED
+    try:
+        _work(group, rank, rendezvous)
+        code = 0
+    except BaseException as err:
+        print(f"rank {rank}: {err!r}", file=sys.stderr)
+    finally:
+        os._exit(code)
+
+
+def _work(group: Group, rank: int, rendezvous: Path) -> None:
+    import torch.distributed as dist
+
+    from shoal.train import cadence
+    from shoal.train import group as room
+    from shoal.train.engine import train_worker
+    from shoal.train.spec import RunSpec
+    from toy_elastic import ElasticToy, die_at
+
+    cadence.STOP_POLL_S = 0.0  # look at every step: a toy's take less than a millisecond
+    if group.workers > 1:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=group.workers
+        )
+    if rank == 0:
+        die_at(group.kill_at)
+    ElasticToy.resizes = group.resizes
+    ElasticToy.record = RunRecord(Storage(Path(group.storage)), group.name)
+    spec = RunSpec(
+        recipe=ElasticToy(batch_size=group.batch_size),
+        name=group.name,
+        storage=Storage(Path(group.storage)),
+        target_steps=group.steps,
+        shards=group.shards,
+        checkpoint_every_s=1e6,  # only what a resize commits is there to go on from
+        threads=1,
+    )
+    train_worker(spec, room.Group.current())
+
+
+if __name__ == "__main__":
+    serve()

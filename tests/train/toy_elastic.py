@@ -1,0 +1,82 @@
+"""A toy whose workers are resized at steps that a test chose, and which notes the samples that each step saw."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, TensorDataset
+
+import shoal
+from shoal.tracking import RunRecord
+from shoal.train.boundary import RunBoundary
+from toy import Toy
+
+
+class ElasticToy(Toy):
+    """Set ``resizes`` and ``record`` of the class before it trains; rank 0 orders, as a driver would."""
+
+    resizes = None
+    record = None
+
+    def build_data(self) -> shoal.Datasets:
+        data = super().build_data()
+        return shoal.Datasets(train=_numbered(data.train), val=_numbered(data.val))
+
+    def loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        return super().loss(model, batch[:2])
+
+    def metrics(self, model: torch.nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        return super().metrics(model, batch[:2])
+
+    def train(self, session: shoal.Session) -> None:
+        record: RunRecord = self.record
+        seen: dict[int, list[int]] = {}
+        for batch in session.batches():
+            step = session.steps_done
+            seen.setdefault(step, []).extend(batch[2].tolist())
+            if session.group.is_first and step in self.resizes:
+                record.resizing.order(record.attempt, self.resizes[step])
+            session.backward(session.loss(batch))
+            session.step()
+        file = record.dir / f"seen-{record.attempt}-{session.group.rank}"
+        file.write_text("".join(f"{step} {' '.join(map(str, ids))}\n" for step, ids in seen.items()))
+
+
+def samples_by_step(record: RunRecord) -> dict[int, list[int]]:
+    """The samples that each step saw, sorted, over all attempts and ranks."""
+    seen: dict[int, list[int]] = {}
+    for file in record.dir.glob("seen-*"):
+        for line in file.read_text().splitlines():
+            step, *ids = map(int, line.split())
+            seen.setdefault(step, []).extend(ids)
+    return {step: sorted(ids) for step, ids in sorted(seen.items())}
+
+
+def die_at(moment: str) -> None:
+    """Have this process die by SIGKILL at a moment of a resize."""
+    if moment == "ordered":
+        _die_in("_save", after=False)
+    elif moment == "committed":
+        _die_in("_is_committed", after=True)
+    elif moment == "written":
+        _die_in("_write_last_line", after=True)
+
+
+def _die_in(method: str, *, after: bool) -> None:
+    original = getattr(RunBoundary, method)
+
+    def dying(self: RunBoundary, *args: Any) -> Any:
+        result = original(self, *args) if after or self._resize_to is None else None
+        if self._resize_to is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(RunBoundary, method, dying)
+
+
+def _numbered(data: Dataset[Any]) -> TensorDataset:
+    assert isinstance(data, TensorDataset)
+    return TensorDataset(*data.tensors, torch.arange(len(data)))
