@@ -13,7 +13,8 @@ import pytest
 from shoal.errors import CorruptError, NotFoundError, RequestError, StorageError, TrackingError
 from shoal.storage import Storage, commit, verify
 from shoal.storage.owner import Owner
-from shoal.tracking.registry import Registry, RegistryStore, check_alias, parse_spec
+from shoal.tracking.registry import Registry, check_alias, parse_spec
+from shoal.tracking.registry_store import RegistryStore
 
 
 @pytest.fixture

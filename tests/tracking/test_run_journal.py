@@ -9,7 +9,7 @@ import pytest
 
 from shoal.errors import InternalError
 from shoal.recipe import maximize, minimize
-from shoal.tracking.journal import Folded, RunState, best_by, encode, metrics_frame, parse
+from shoal.tracking.journal import JournalSummary, RunState, best_by, encode, metrics_frame, parse
 
 START = {"kind": "start", "step": 0, "target_steps": 10, "workers": 2, "t": 1.0}
 
@@ -45,7 +45,7 @@ def evaluation(step, split="val", **values):
     ],
 )
 def test_state_follows_from_the_last_start_or_end_and_the_lock(events, is_locked, state):
-    folded = Folded()
+    folded = JournalSummary()
     for event in events:
         folded.add(event)
     assert folded.state(is_locked=is_locked) is state

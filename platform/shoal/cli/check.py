@@ -61,7 +61,7 @@ def _write_schema(path: Path | None) -> None:
     import json
 
     from shoal.cli.console import say
-    from shoal.cli.place import project_here
+    from shoal.cli.project import project_here
     from shoal.config import json_schema
     from shoal.errors import StorageError
 

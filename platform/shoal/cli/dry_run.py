@@ -39,7 +39,7 @@ def dry_run(recipe: Recipe, options: RunOptions) -> None:
     """
     import torch
 
-    from shoal.cli.place import project_here, settings
+    from shoal.cli.project import project_here, settings
     from shoal.train.options import plan_run
 
     config, storage = settings()

@@ -41,7 +41,7 @@ def ui(
     Where cluster.yaml names a tracking server, it prints that server's address instead.
     """
     from shoal.cli.console import say
-    from shoal.cli.place import require_running
+    from shoal.cli.project import require_running
 
     info = require_running()
     if info.tracking.startswith(("http://", "https://")):

@@ -88,8 +88,6 @@ class Endpoint:
         """What each row of the model's ``outputs`` (a batch) says, as JSON-able mappings, one per row."""
         raise NotImplementedError
 
-    # What follows is the machinery; a subclass has no need of it.
-
     def __init__(
         self,
         *,

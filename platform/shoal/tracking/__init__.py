@@ -4,7 +4,7 @@ Importing this loads neither MLflow nor Ray nor pandas.
 """
 
 from shoal.tracking.actor import TrackerClient, ensure_tracker, open_registry
-from shoal.tracking.journal import Event, Folded, RunState
+from shoal.tracking.journal import Event, JournalSummary, RunState
 from shoal.tracking.record import RunRecord, being_trained, list_runs, read_identity
 from shoal.tracking.registry import RegisteredModel, Registry, ResolvedModel, parse_spec
 from shoal.tracking.resizing import Resizing, Wish
@@ -12,7 +12,7 @@ from shoal.tracking.tracker import Tracker, TrackerStatus
 
 __all__ = [
     "Event",
-    "Folded",
+    "JournalSummary",
     "RegisteredModel",
     "Registry",
     "Resizing",

@@ -46,7 +46,7 @@ class RunState(StrEnum):
 
 
 @dataclass
-class Folded:
+class JournalSummary:
     """What a journal says in one pass; ``add`` its events in order, as they come.
 
     Memory does not grow with the journal.

@@ -35,7 +35,7 @@ from shoal.storage import (
 )
 from shoal.tracking.journal import (
     Event,
-    Folded,
+    JournalSummary,
     RunState,
     best_by,
     encode,
@@ -83,7 +83,7 @@ class RunRecord:
         self.resizing = Resizing(self.dir)
         """How many workers the run should have."""
         self._folding = threading.Lock()
-        self._folded = Folded()
+        self._folded = JournalSummary()
         self._offset = 0
 
     def __repr__(self) -> str:
@@ -91,8 +91,6 @@ class RunRecord:
 
     def __reduce__(self) -> Any:
         return RunRecord, (self._storage, self.name)
-
-    # Identity
 
     @staticmethod
     def exists(storage: Storage, name: str) -> bool:
@@ -148,8 +146,6 @@ class RunRecord:
             return str(found["sweep"]), int(found["trial"])
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptError(f"{self._trial_path} is damaged: it names no trial") from error
-
-    # Journal
 
     def append(self, kind: str, **fields: Any) -> None:
         """Write one line to the journal; ``t`` and ``attempt`` are added, and ``start`` begins a new attempt.
@@ -240,8 +236,6 @@ class RunRecord:
                 logger.warning("run %s: skipped a journal line that cannot be read: %r", self.name, line[:60])
         return events, start + len(complete)
 
-    # What the journal says
-
     def state(self) -> RunState:
         """Where the run stands, from its journal and from whether a process holds its lock."""
         # The lock first: a run that ends between the two looks must not pass for interrupted.
@@ -257,7 +251,7 @@ class RunRecord:
         """Where the journal ends now, in bytes: what comes later is found with ``events(since=...)``."""
         return self.journal_path.stat().st_size if self.journal_path.exists() else 0
 
-    def summary(self) -> Folded:
+    def summary(self) -> JournalSummary:
         """What the journal says in one pass: attempt, step, target, last evaluations, end."""
         return dataclasses.replace(self._catch_up())
 
@@ -306,8 +300,6 @@ class RunRecord:
                 found[event["path"]] = event
         return [event for path, event in found.items() if (self.dir / path).is_dir()]
 
-    # Stopping
-
     def mark_stop(self) -> None:
         """Ask the run to stop at its next step boundary, wherever it runs. Repeating it is safe.
 
@@ -324,12 +316,12 @@ class RunRecord:
         """Forget an earlier request to stop: for the command that starts the run again, not its retries."""
         self._stop.clear()
 
-    def _catch_up(self) -> Folded:
+    def _catch_up(self) -> JournalSummary:
         with self._folding:
             while True:
                 events, end = self.events_since(self._offset)
                 if end < self._offset:  # the run was deleted and made anew
-                    self._folded = Folded()
+                    self._folded = JournalSummary()
                 for event in events:
                     self._folded.add(event)
                 if end == self._offset:

@@ -7,7 +7,8 @@ from pathlib import Path
 from shoal.errors import RecipeError, ShoalError, StorageError
 from shoal.tracking import RunRecord, RunState
 from shoal.train.cadence import Cadence
-from shoal.train.checkpoints import CheckpointWriter, Snapshot, take_snapshot, write_snapshot
+from shoal.train.checkpoint_writer import CheckpointWriter
+from shoal.train.checkpoints import Snapshot, take_snapshot, write_snapshot
 from shoal.train.group import Group
 from shoal.train.pulse import heart
 from shoal.train.reduce import Wishes

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, get_args
 from shoal.errors import RequestError
 from shoal.recipe import Recipe
 from shoal.storage import Storage
-from shoal.train.asked import (
+from shoal.train.option_rules import (
     Rule,
     check,
     duration,
