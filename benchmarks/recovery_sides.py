@@ -90,7 +90,7 @@ def _peer(arguments: Sequence[str], folder: Path, settings: Mapping[str, str]) -
         "TMPDIR": str(folder),  # what a killed process cannot remove goes with the folder
         "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}",
         "RAY_AUTH_MODE": "disabled",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keeps Ray on loopback (ray-facts 28c)
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keeps Ray on loopback
         "RAY_USAGE_STATS_ENABLED": "0",
         "GLOO_SOCKET_IFNAME": "lo",
         **settings,

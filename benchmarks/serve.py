@@ -142,7 +142,7 @@ def _stock(storage: Path) -> Iterator[list[Peer]]:
     environment |= {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "platform")]),
         "RAY_AUTH_MODE": "disabled",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keeps Ray on loopback (ray-facts 28c)
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keeps Ray on loopback
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     command = [sys.executable, "-m", "benchmarks.serve_peers", str(package), str(port)]
@@ -221,7 +221,8 @@ def write_package_at(directory: Path, version: int) -> Any:
         metrics={},
         created=0.0,
     )
-    return write_package(directory, Digits().build_model(), model="digits", version=version, lineage=lineage)
+    weights = Digits().build_model().state_dict()
+    return write_package(directory, weights, model="digits", version=version, lineage=lineage)
 
 
 if __name__ == "__main__":

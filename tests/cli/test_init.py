@@ -110,7 +110,7 @@ def test_the_recipe_learns_and_the_app_answers_with_its_model(
         metrics={},
         created=0.0,
     )
-    write_package(tmp_path / "1", fitted.model, model="churn", version=1, lineage=lineage)
+    write_package(tmp_path / "1", fitted.model.state_dict(), model="churn", version=1, lineage=lineage)
     endpoint = load(written / "serve_apps" / "churn.py", "written_app", monkeypatch).Churn()
     endpoint.load(tmp_path / "1")
     asgi = endpoint.asgi()

@@ -11,7 +11,18 @@ import pytest
 from config_reading import Read
 from pydantic import ValidationError
 
-from shoal.config import ClusterConfig, Duration, Machine, Range, Size, find, is_loopback, load, notes
+from shoal.config import (
+    ClusterConfig,
+    Duration,
+    Machine,
+    Range,
+    Size,
+    find,
+    is_loopback,
+    load,
+    notes,
+    plan_local,
+)
 from shoal.errors import ConfigError
 
 PROJECT = Path(__file__).parents[2]
@@ -30,7 +41,7 @@ def test_the_example_runs_as_it_is_on_two_cores_without_notes_or_gpus() -> None:
     machine = Machine(num_cpus=2, memory_bytes=4 * 2**30)
     config = load(PROJECT, env={}, machine=machine)
     assert config.train.workers == Range(1, 4)
-    assert config.local_plan(2, 4 * 2**30, 0).cpus == 4
+    assert plan_local(config, machine).num_cpus == 4
     assert notes(config) == []
     first_line = (PROJECT / "cluster.yaml").read_text().splitlines()[0]
     assert first_line == "# yaml-language-server: $schema=.shoal/cluster.schema.json"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from config_reading import LAPTOP, Read
 
-from shoal.config import LocalPool, Machine
+from shoal.config import LocalPool, Machine, plan_local
 from shoal.config.machine import _container_limits, _count_gpus
 from shoal.errors import ConfigError
 
@@ -22,8 +22,8 @@ GIB = 2**30
 
 
 def test_every_pool_shares_this_machine(read: Read) -> None:
-    plan = read(FILE).local_plan(6, 16 * GIB, 0)
-    assert (plan.cpus, plan.gpus, plan.memory_bytes) == (6, 0, 16 * GIB)
+    plan = plan_local(read(FILE), Machine(num_cpus=6, memory_bytes=16 * GIB, num_gpus=0))
+    assert (plan.num_cpus, plan.num_gpus, plan.memory_bytes) == (6, 0, 16 * GIB)
     assert plan.pools == {name: LocalPool(num_cpus=6, num_gpus=0) for name in ("cpu", "gpu")}
     assert plan.pools["gpu"].max_workers == 6
 
@@ -40,26 +40,31 @@ def test_every_pool_shares_this_machine(read: Read) -> None:
 def test_gpus_that_the_machine_lacks_are_dropped_and_named(
     read: Read, gpus_here: int, used: int, notes: tuple[str, ...]
 ) -> None:
-    plan = read(FILE).local_plan(6, GIB, gpus_here)
-    assert (plan.gpus, plan.notes) == (used, notes)
+    plan = plan_local(read(FILE), Machine(num_cpus=6, memory_bytes=GIB, num_gpus=gpus_here))
+    assert (plan.num_gpus, plan.notes) == (used, notes)
     assert plan.pools["gpu"].max_workers == (used or 6)
     assert plan.pools["cpu"].num_gpus == 0
 
 
 def test_logical_cpus_may_exceed_the_machine_and_it_says_so(read: Read) -> None:
-    plan = read(FILE.replace("L4:2", "1"), overrides=["targets.local.cpu=4"]).local_plan(2, GIB, 2)
-    assert plan.cpus == 4
+    plan = plan_local(
+        read(FILE.replace("L4:2", "1"), overrides=["targets.local.cpu=4"]),
+        Machine(num_cpus=2, memory_bytes=GIB, num_gpus=2),
+    )
+    assert plan.num_cpus == 4
     assert plan.notes == ("targets.local.cpu: 4 logical CPUs share the 2 of this machine",)
 
 
 def test_a_range_beyond_this_machine_is_fine_and_named(read: Read) -> None:
-    plan = read(FILE, overrides=["train.workers=1..32"]).local_plan(2, GIB, 4)
+    plan = plan_local(
+        read(FILE, overrides=["train.workers=1..32"]), Machine(num_cpus=2, memory_bytes=GIB, num_gpus=4)
+    )
     assert plan.notes == ("train.workers: 1..32 asked for, at most 2 fit on this machine",)
 
 
 def test_no_pools_at_all(read: Read) -> None:
-    plan = read("version: 1\nname: x").local_plan(2, GIB, 1)
-    assert (plan.cpus, plan.gpus, plan.pools, plan.notes) == (2, 0, {}, ())
+    plan = plan_local(read("version: 1\nname: x"), Machine(num_cpus=2, memory_bytes=GIB, num_gpus=1))
+    assert (plan.num_cpus, plan.num_gpus, plan.pools, plan.notes) == (2, 0, {}, ())
 
 
 def test_a_gpu_pool_without_gpus_holds_its_workers_on_cpus(read: Read) -> None:

@@ -47,7 +47,7 @@ def trained(**fields: Any) -> nn.Module:
 
 def write(directory: Path, lineage: Lineage = LINEAGE, net: nn.Module | None = None) -> Manifest:
     net = trained(**lineage.fields) if net is None else net
-    return write_package(directory, net, model="small", version=3, lineage=lineage)
+    return write_package(directory, net.state_dict(), model="small", version=3, lineage=lineage)
 
 
 @pytest.fixture

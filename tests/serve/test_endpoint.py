@@ -49,7 +49,7 @@ def write_version_to(path: Path, model: str, version: int, *, always: int | None
         metrics={},
         created=0.0,
     )
-    write_package(path, net, model=model, version=version, lineage=lineage)
+    write_package(path, net.state_dict(), model=model, version=version, lineage=lineage)
 
 
 def write_version(directory: Path, version: int, *, always: int | None = None) -> Path:

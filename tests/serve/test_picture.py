@@ -21,7 +21,8 @@ from PIL import Image
 
 from shoal.serve.core import upload
 from shoal.serve.core.answer import Refusal
-from shoal.serve.core.picture import open_picture, read_pixels, to_grey
+from shoal.serve.core.picture import open_picture, to_grey
+from shoal.serve.core.pixels import read_pixels
 
 MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK"]
 

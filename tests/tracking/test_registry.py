@@ -13,7 +13,8 @@ import pytest
 from shoal.errors import CorruptError, NotFoundError, RequestError, StorageError, TrackingError
 from shoal.storage import Storage, commit, verify
 from shoal.storage.owner import Owner
-from shoal.tracking.registry import Registry, RegistryStore, check_alias, check_model_name, parse_spec
+from shoal.tracking.registry import Registry, check_alias, parse_spec
+from shoal.tracking.registry_store import RegistryStore
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_what_is_no_alias(alias):
 @pytest.mark.parametrize("name", ["", "a/b", "..", "A", "a:b", "-a", "x" * 81])
 def test_what_is_no_model_name(name):
     with pytest.raises(RequestError, match="cannot name a model"):
-        check_model_name(name)
+        parse_spec(f"{name}@1")
 
 
 @pytest.mark.slow

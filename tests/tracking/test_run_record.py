@@ -22,6 +22,7 @@ from shoal.errors import (
     RequestError,
     WorkerLost,
 )
+from shoal.recipe import maximize
 from shoal.storage import FileLock, Storage
 from shoal.tracking import RunRecord, RunState, list_runs
 
@@ -226,8 +227,8 @@ def test_best_checkpoint_is_one_that_still_exists(record):
         record.append("eval", step=step, split="test", values={"accuracy": 1.0 - accuracy})
         if step > 1:
             (record.dir / path).mkdir(parents=True)
-    assert record.best("accuracy", "max")["step"] == 1
-    assert record.best_checkpoint("accuracy", "max")["step"] == 3
+    assert record.best(maximize("accuracy"))["step"] == 1
+    assert record.best_checkpoint(maximize("accuracy"))["step"] == 3
     assert record.last_eval("val") == {"accuracy": 0.8}
     assert record.last_eval("train") is None
     assert list(record.metrics_frame().columns) == ["val_accuracy", "test_accuracy"]

@@ -18,6 +18,7 @@ from torch import nn
 
 import shoal
 from shoal.errors import CorruptError, PeerLost, RecipeError, StorageError
+from shoal.recipe import maximize
 from shoal.storage import MANIFEST, Storage, commit, verify
 from shoal.tracking import RunRecord, RunState
 from shoal.train import boundary, cadence, checkpoints
@@ -122,7 +123,7 @@ def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path: Path) -> None:
     record = train(spec_of(tmp_path, Declining(eval_every=5), keep=1, checkpoint_every_s=0.001))
     steps = sorted(step_of(path) for path in record.checkpoints_dir.glob("step-*"))
     assert steps == [5, 60]
-    best = record.best_checkpoint("accuracy", "max")
+    best = record.best_checkpoint(maximize("accuracy"))
     assert best is not None
     assert best["step"] == 5
 

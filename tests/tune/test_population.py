@@ -16,7 +16,7 @@ import shoal
 from shoal.errors import NotFoundError
 from shoal.storage import Storage, verify
 from shoal.tracking import RunRecord
-from shoal.train.adopt import adopt_checkpoint
+from shoal.train.adopt import adopt_checkpoint, discard_leftovers
 from shoal.train.spec import RunSpec
 from shoal.tune.population import check_population, default_interval, perturb, too_few_comparisons
 from shoal.tune.record import SweepRecord, Trial, TrialState
@@ -282,6 +282,16 @@ def test_a_driver_that_died_within_an_exploit_did_not_make_it(
     assert done is not None
     assert done.number == 3
     assert len(list((storage.run_dir("s-t003") / "checkpoints").iterdir())) == 1
+
+
+def test_a_persons_copy_beside_the_checkpoints_is_left_alone(storage: Storage) -> None:
+    run = RunRecord(storage, "s-t003")
+    leftover, copy = (run.checkpoints_dir / name for name in ("step-0000000005", "step-0000000005.bak"))
+    for folder in (leftover, copy):
+        folder.mkdir(parents=True)
+    discard_leftovers(run)
+    assert not leftover.exists()
+    assert copy.is_dir()
 
 
 def test_a_first_trial_does_not_go_on_from_what_a_dead_driver_copied(storage: Storage) -> None:

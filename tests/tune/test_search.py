@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from optuna.trial import TrialState
 
 import shoal
 from shoal.tune.search import Search
@@ -75,7 +76,7 @@ def test_an_unfinished_trial_is_asked_for_again() -> None:
     fields = {"lr": 0.01, "width": 5, "kind": ["b", 2]}
     assert search.resume(fields) == fields
     search.tell(fields, "pruned", 0.5, step=10)
-    assert search.ask() is not None
+    assert [trial.state for trial in search._study.trials] == [TrialState.PRUNED]
 
 
 @pytest.mark.parametrize("value", [None, float("nan")])
@@ -84,4 +85,4 @@ def test_a_trial_without_a_measurement_is_a_failure(value: float | None) -> None
     fields = search.ask()
     assert fields is not None
     search.tell(fields, "finished", value)
-    assert search.ask() is not None
+    assert [trial.state for trial in search._study.trials] == [TrialState.FAIL]

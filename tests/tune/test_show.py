@@ -11,7 +11,8 @@ from rich.live import Live
 import shoal
 from shoal.recipe import Objective
 from shoal.tune.record import Trial, TrialState
-from shoal.tune.show import MAX_ROWS, Plain, reporter, shown_trials, trials_table
+from shoal.tune.show import MAX_ROWS, Plain, reporter, shown_trials, sweep_html, trials_table
+from shoal.tune.sweep import best_of
 from terminal import screen_of
 
 BEST = shoal.maximize("accuracy")
@@ -51,6 +52,19 @@ def test_a_long_sweep_shows_what_runs_and_the_best() -> None:
     assert len(shown) == MAX_ROWS
     assert shown == [*range(22, 41), 41]
     assert "and 21 more" in text_of(trials)
+
+
+def test_the_starred_row_is_the_best_of_the_sweep() -> None:
+    trials = [
+        trial(1, value=0.5),
+        trial(2, TrialState.RUNNING, 0.75),
+        *(trial(number, TrialState.STOPPED, 0.9) for number in range(3, 3 + MAX_ROWS)),
+    ]
+    best = best_of("s", trials, BEST)
+    assert best.number == 1
+    assert [line.split()[1] for line in text_of(trials).splitlines() if "*" in line] == ["1"]
+    assert "<th>1</th>" in sweep_html("s", trials, BEST)
+    assert "<th>2</th>" not in sweep_html("s", trials, BEST)
 
 
 @dataclass

@@ -13,14 +13,15 @@ import pytest
 from searched import Line
 
 from shoal.errors import CorruptError, IdentityError, NotFoundError, RequestError, StorageError
+from shoal.recipe import minimize
 from shoal.storage import Storage, append_line
 from shoal.tracking import RunRecord, RunState
-from shoal.train.spec import RunSpec
+from shoal.train.spec import EvalListener, RunSpec
 from shoal.tune.record import SweepRecord, Trial, TrialState, run_of
 from shoal.tune.search import Search
 from shoal.tune.space import loguniform
 from shoal.tune.sweep import Sweep, best_of, open_sweep
-from shoal.tune.trial import OnEval, TrialPlan, TrialRun, train_here
+from shoal.tune.trial import TrialPlan, TrialRun, train_here
 from shoal.tune.trials import HOPELESS_AFTER, Trials
 
 SPACE = {"lr": loguniform(1e-3, 1e-1)}
@@ -83,7 +84,7 @@ def test_a_trial_that_is_stopped_commits_and_says_so(storage: Storage) -> None:
 
 
 def test_a_machine_failure_reaches_the_caller(storage: Storage) -> None:
-    def fail(spec: RunSpec, on_eval: OnEval) -> None:
+    def fail(spec: RunSpec, on_eval: EvalListener) -> None:
         raise StorageError("the disk is gone")
 
     with pytest.raises(StorageError, match="the disk is gone"):
@@ -99,7 +100,7 @@ def test_trials_are_runs_in_the_record(storage: Storage) -> None:
     assert run.identity() == make_plan(storage).spec(1, trial.fields).identity()
     train(storage, trial)
     booked = trials.ended(1)
-    best = run.best("error", "min")
+    best = run.best(minimize("error"))
     assert best is not None
     assert booked.state is TrialState.FINISHED
     assert (booked.value, booked.values, booked.step) == (best["values"]["error"], best["values"], 40)

@@ -19,6 +19,7 @@ from searched import Line
 
 import shoal
 from shoal.errors import RecipeError, RequestError
+from shoal.recipe import minimize
 from shoal.storage import Storage
 from shoal.tracking import RunRecord, RunState
 from shoal.tune import Sweep, SweepOptions, TrialState, start_sweep
@@ -205,7 +206,7 @@ class TestTrialsOfTwoWorkers:
             run = RunRecord(Storage(cluster.storage), trial.run)
             (start,) = run.events(("start",))
             assert (start["workers"], len(set(start["pids"]))) == (2, 2)
-            best = run.best("error", "min")
+            best = run.best(minimize("error"))
             assert best is not None
             assert (trial.value, trial.step) == (best["values"]["error"], 40)
 

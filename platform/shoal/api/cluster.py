@@ -20,7 +20,7 @@ from shoal.train.spec import RunSpec
 if TYPE_CHECKING:
     from shoal.cluster import ClusterInfo
     from shoal.serve import App
-    from shoal.train.session import Precision
+    from shoal.train.spec import Precision
     from shoal.tune import Sweep
     from shoal.tune.options import SchedulerKind
 

@@ -49,7 +49,7 @@ def _check(path: Path | None, target: str | None, overrides: list[str]) -> None:
     facts = {"cluster": config.name, "target": config.target, "storage": config.storage}
     if config.target == "local":
         plan = plan_local(config, Machine.here())
-        facts["becomes"] = f"{plan.cpus} CPUs, {plan.gpus} GPUs on this machine"
+        facts["becomes"] = f"{plan.num_cpus} CPUs, {plan.num_gpus} GPUs on this machine"
         remarks = [*remarks, *plan.notes]
     show_facts(facts)
     for remark in remarks:
@@ -61,7 +61,7 @@ def _write_schema(path: Path | None) -> None:
     import json
 
     from shoal.cli.console import say
-    from shoal.cli.place import project_here
+    from shoal.cli.project import project_here
     from shoal.config import json_schema
     from shoal.errors import StorageError
 

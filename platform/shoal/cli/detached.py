@@ -30,7 +30,7 @@ def train_detached(recipe: Recipe, words: Sequence[str], options: RunOptions) ->
         RequestError: no cluster runs, or the run cannot be as asked; nothing was submitted.
         RecipeError, EnvironmentFailure: the run did not start; says why.
     """
-    from shoal.cli.place import connect
+    from shoal.cli.project import connect
     from shoal.train.driver import finished_run, prepare
 
     cluster = connect()

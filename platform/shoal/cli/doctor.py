@@ -18,7 +18,7 @@ def doctor() -> None:
     Changes nothing. Exits with 1 if it finds an error.
     """
     from shoal.cli.console import say
-    from shoal.cli.place import project_here
+    from shoal.cli.project import project_here
     from shoal.cluster import doctor as look
     from shoal.config import load
 

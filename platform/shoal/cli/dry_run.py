@@ -39,7 +39,7 @@ def dry_run(recipe: Recipe, options: RunOptions) -> None:
     """
     import torch
 
-    from shoal.cli.place import project_here, settings
+    from shoal.cli.project import project_here, settings
     from shoal.train.options import plan_run
 
     config, storage = settings()
@@ -65,14 +65,13 @@ def _one_step(spec: RunSpec) -> tuple[Session, Datasets, float]:
 
     from shoal.errors import RecipeError, ShoalError
     from shoal.train.group import Group
-    from shoal.train.seeds import derive_seed, seed_everything
+    from shoal.train.loader import build_data
     from shoal.train.session import Session
 
     try:
-        seed_everything(derive_seed(spec.seed, "data"))  # the split that the run would make
         session = Session(
             spec.recipe,
-            spec.recipe.build_data(),
+            build_data(spec.recipe, spec.seed),
             Group.alone(),
             _OneStep(),
             seed=spec.seed,
@@ -148,10 +147,10 @@ def _resource_notes(config: ClusterConfig, workers: Range) -> list[str]:
         return []
     plan = plan_local(config, Machine.here())
     pool = plan.pools.get(config.train.pool or "")
-    limit = pool.max_workers if pool is not None else plan.cpus
+    limit = pool.max_workers if pool is not None else plan.num_cpus
     if workers.min > limit:
         raise RequestError(
-            f"workers {workers}: at most {limit} fit on this cluster ({plan.cpus} CPUs, {plan.gpus} GPUs); "
+            f"workers {workers}: at most {limit} fit on this cluster ({plan.num_cpus} CPUs, {plan.num_gpus} GPUs); "
             "ask for fewer (--workers), or raise targets.local.cpu"
         )
     notes = list(plan.notes)

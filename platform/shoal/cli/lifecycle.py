@@ -28,7 +28,7 @@ def up(target: Target = None, set_: Set = None) -> None:
     """
     from shoal.api import bring_up
     from shoal.cli.console import say, show_facts
-    from shoal.cli.place import project_here
+    from shoal.cli.project import project_here
     from shoal.config import load, notes
 
     config = load(target=target, overrides=set_ or [])
@@ -48,7 +48,7 @@ def up(target: Target = None, set_: Set = None) -> None:
 def down() -> None:
     """Stop this project's cluster and every process it started. What was committed to storage stays."""
     from shoal.cli.console import say
-    from shoal.cli.place import project_here
+    from shoal.cli.project import project_here
     from shoal.cluster import down as stop
 
     if not stop(project_here(), say=say):
@@ -65,7 +65,7 @@ def env(
     import shlex
 
     from shoal.cli.console import say
-    from shoal.cli.place import require_running
+    from shoal.cli.project import require_running
     from shoal.cluster import environment
 
     values = environment(require_running())

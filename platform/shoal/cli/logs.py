@@ -42,7 +42,7 @@ def logs(
 
     They are kept on storage: they can be read when the run has ended and when the cluster is gone.
     """
-    from shoal.cli.place import storage
+    from shoal.cli.project import storage
     from shoal.tracking import RunRecord
 
     place = storage()

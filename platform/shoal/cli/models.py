@@ -31,7 +31,7 @@ def models(
 ) -> None:
     """List the registered models, or the versions of one."""
     from shoal.cli.console import age_text, say, show_table
-    from shoal.cli.place import connect
+    from shoal.cli.project import connect
 
     cluster = connect()
     if name is None:
@@ -59,7 +59,7 @@ def register(
 ) -> None:
     """Make a run's best checkpoint the next version of a model."""
     from shoal.cli.console import show_facts
-    from shoal.cli.place import connect
+    from shoal.cli.project import connect
 
     cluster = connect()
     version = cluster.models.register(model, _source(cluster, run), alias=alias)
@@ -84,7 +84,7 @@ def alias(
     An app that serves the alias goes on with its version until it is served again.
     """
     from shoal.cli.console import say
-    from shoal.cli.place import connect
+    from shoal.cli.project import connect
 
     connect().models.set_alias(model, name, version)
     say(f"{model}@{name} is now {model}@{version}")

@@ -28,7 +28,7 @@ def of_recipe(
 
     @functools.wraps(function)
     def run(**typed: Any) -> None:
-        from shoal.cli.place import load_recipe
+        from shoal.cli.project import load_recipe
 
         function(recipe or load_recipe(typed.pop("module")), **typed)
 

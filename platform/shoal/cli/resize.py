@@ -31,7 +31,7 @@ def resize(
     an exact run the bits. Returns at once; `shoal runs NAME` shows it happen. A new start says its own number.
     """
     from shoal.cli.console import say
-    from shoal.cli.place import storage
+    from shoal.cli.project import storage
     from shoal.train.run import find_run
 
     run = find_run(storage(), name)
@@ -44,7 +44,7 @@ def resize(
 
 def _attach() -> None:
     """Where a cluster runs, so that a number which can never fit there is refused; without one a run cannot train."""
-    from shoal.cli.place import running
+    from shoal.cli.project import running
 
     info = running()
     if info is not None:

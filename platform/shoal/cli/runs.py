@@ -28,7 +28,7 @@ def runs(
 ) -> None:
     """List the runs, the newest first; or show one: its identity, how far it is and what happened last."""
     from shoal.cli.console import say
-    from shoal.cli.place import storage
+    from shoal.cli.project import storage
     from shoal.tracking import list_runs
     from shoal.train.run import find_run
     from shoal.tune.record import pruned_runs
@@ -72,7 +72,7 @@ def _facts_of(record: RunRecord, pruned: Container[str]) -> tuple[Any, ...]:
 
     objective, best = objective_of(record), None
     if objective is not None:
-        best = record.best(objective.metric, objective.mode)
+        best = record.best(objective)
     starts = record.events(("start",))
     target = record.target_steps
     return (

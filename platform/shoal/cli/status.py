@@ -26,7 +26,7 @@ def add_to(app: typer.Typer) -> None:
 def status() -> None:
     """Show the cluster: what it has, who holds what, its runs, its apps and where they answer."""
     from shoal.cli.console import say
-    from shoal.cli.place import require_running
+    from shoal.cli.project import require_running
     from shoal.cluster import status as look
 
     info = require_running()

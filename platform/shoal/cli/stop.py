@@ -30,7 +30,7 @@ def stop(name: Annotated[str, typer.Argument(metavar="NAME", help="A run or a sw
 
     The same command that started it goes on with it.
     """
-    from shoal.cli.place import storage
+    from shoal.cli.project import storage
     from shoal.tracking import RunRecord
     from shoal.train.run import find_run
     from shoal.tune import SweepRecord, open_sweep
@@ -69,7 +69,7 @@ def _stop_sweep(sweep: Sweep) -> None:
 
 
 def _refuse(place: Storage, name: str) -> None:
-    from shoal.cli.place import running
+    from shoal.cli.project import running
     from shoal.errors import NotFoundError, RequestError, did_you_mean
     from shoal.serve import apps
     from shoal.tracking import list_runs

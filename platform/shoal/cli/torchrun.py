@@ -51,7 +51,7 @@ def train_under_torchrun(recipe: Recipe, options: RunOptions) -> None:
 
 
 def _spec(recipe: Recipe, options: RunOptions) -> RunSpec:
-    from shoal.cli.place import project_here
+    from shoal.cli.project import project_here
     from shoal.config import load
     from shoal.storage import Storage
     from shoal.train.options import plan_run

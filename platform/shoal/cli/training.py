@@ -54,7 +54,7 @@ def train_and_wait(recipe: Recipe, options: RunOptions) -> None:
         RequestError: no cluster runs, or the run cannot be as asked.
         RecipeError, EnvironmentFailure: as `Run.wait`.
     """
-    from shoal.cli.place import connect
+    from shoal.cli.project import connect
 
     cluster = connect()
     with sigterm_interrupts():  # after attaching: Ray installs a handler of its own

@@ -22,7 +22,7 @@ def tune_and_wait(cls: type[Recipe], words: Sequence[str], options: SweepOptions
         RequestError: no cluster runs, or the search is impossible as asked.
         RecipeError, EnvironmentFailure: as `Sweep.wait`.
     """
-    from shoal.cli.place import connect
+    from shoal.cli.project import connect
     from shoal.recipe import from_fields
     from shoal.tune import check_space, parse_space
 

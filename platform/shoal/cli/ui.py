@@ -41,7 +41,7 @@ def ui(
     Where cluster.yaml names a tracking server, it prints that server's address instead.
     """
     from shoal.cli.console import say
-    from shoal.cli.place import require_running
+    from shoal.cli.project import require_running
 
     info = require_running()
     if info.tracking.startswith(("http://", "https://")):
@@ -97,7 +97,7 @@ def server_command(info: ClusterInfo, port: int) -> list[str]:
 
 
 def _wait_for_store(info: ClusterInfo) -> None:
-    """Wait until the cluster's tracker has opened the store: two that migrate it crash (ray-facts 28d)."""
+    """Wait until the cluster's tracker has opened the store: two that migrate it crash."""
     from shoal.cli.console import say
     from shoal.cluster import attach
     from shoal.tracking import ensure_tracker

@@ -2,7 +2,7 @@
 
 Ray writes HAProxy's configuration from a fixed template (``serve/_private/haproxy_templates.py``) in which
 the statistics and metrics pages listen on every interface without a password, and the admin socket is open
-to every user of the machine (ray-facts 22, 27a, 28c). There is no setting for either. Serve lets an operator
+to every user of the machine. There is no setting for either. Serve lets an operator
 name the HAProxy binary: we name a script that mends the file, checks the result, and becomes HAProxy.
 
 It also asks the kernel to kill HAProxy when the process that started it dies. Otherwise a HAProxy outlives a

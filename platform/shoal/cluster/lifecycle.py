@@ -122,13 +122,12 @@ def plan_start(config: ClusterConfig, *, project: Path) -> tuple[StartPlan, tupl
     Raises:
         RequestError: the target is not ``local``, the only one that can be started from here.
     """
-    from shoal.config import Machine
+    from shoal.config import Machine, plan_local
 
     if config.target != "local":
         raise RequestError(f"target {config.target!r} cannot be started by `shoal up`; use --target local")
     project = project.resolve()
-    here = Machine.here()
-    local = config.local_plan(here.num_cpus, here.memory_bytes, here.num_gpus)
+    local = plan_local(config, Machine.here())
     plan = StartPlan(
         cluster_id=secrets.token_hex(8),
         name=config.name,
@@ -137,8 +136,8 @@ def plan_start(config: ClusterConfig, *, project: Path) -> tuple[StartPlan, tupl
         tracking=config.tracking_uri(project),
         serve_host=LOCAL_NAMES.get(config.serve.host, config.serve.host),
         serve_port=config.serve.port,
-        num_cpus=local.cpus,
-        num_gpus=local.gpus,
+        num_cpus=local.num_cpus,
+        num_gpus=local.num_gpus,
         config=config.as_dict(),
     )
     return plan, local.notes

@@ -102,7 +102,7 @@ GUEST_ENVIRONMENT = {
 """What workers need on any cluster, whoever started it."""
 
 _AUTOSCALING_PUSH_S = "1"
-"""How often replicas and handles report load. Ray's 10 s makes scaling take 30-40 s (ray-facts 23)."""
+"""How often replicas and handles report load. Ray's 10 s makes scaling take 30-40 s."""
 
 
 def ray_dir(run_dir: Path) -> Path:
@@ -127,7 +127,7 @@ def node_environment() -> dict[str, str]:
     """What keeps a Ray process on loopback and silent; drivers need it too, they listen as well."""
     return {
         # Without it Ray replaces 127.0.0.1 by the machine's address, and GCS and raylet listen on all
-        # interfaces (ray-facts 28c).
+        # interfaces.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
@@ -136,8 +136,8 @@ def node_environment() -> dict[str, str]:
 def serve_environment(ports: Mapping[str, int], run_dir: Path, num_threads: int) -> dict[str, str]:
     """Serve's settings, which its modules read at import: set before Ray starts, and in drivers before Serve.
 
-    HAProxy in front of the replicas and throughput mode are worth a factor of ten (ray-facts 21); its
-    files, sockets and ports are per cluster, else two clusters on a machine collide (ray-facts 27a).
+    HAProxy in front of the replicas and throughput mode are worth a factor of ten (docs/log.md); HAProxy's files,
+    sockets and ports are per cluster, else two clusters on a machine collide.
     """
     # Serve puts <node id>/ below; a unix socket of HAProxy has at most 97 characters, so the names are short.
     haproxy = run_dir / HAPROXY_DIR

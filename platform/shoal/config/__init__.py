@@ -2,7 +2,7 @@
 
 from shoal.config.checks import notes
 from shoal.config.load import FILE_NAME, find, load
-from shoal.config.local import LocalPlan, LocalPool
+from shoal.config.local import LocalPlan, LocalPool, plan_local
 from shoal.config.machine import Machine
 from shoal.config.reference import json_schema
 from shoal.config.sections import (
@@ -42,4 +42,5 @@ __all__ = [
     "json_schema",
     "load",
     "notes",
+    "plan_local",
 ]

@@ -150,7 +150,7 @@ def _worker_capacity(config: ClusterConfig, machine: Machine) -> _Capacity:
 def _cluster_capacity(config: ClusterConfig, machine: Machine) -> _Capacity:
     if config.target == "local":
         plan = plan_local(config, machine)
-        return _Capacity(plan.cpus, plan.gpus, "target local", plan.memory_bytes, "targets.local.cpu")
+        return _Capacity(plan.num_cpus, plan.num_gpus, "target local", plan.memory_bytes, "targets.local.cpu")
     pools = config.pools.values()
     memories = [pool.nodes.max * pool.memory for pool in pools if pool.memory is not None]
     return _Capacity(

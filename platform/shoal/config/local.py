@@ -31,9 +31,9 @@ class LocalPool:
 class LocalPlan:
     """What ``shoal up`` starts on this machine."""
 
-    cpus: int
+    num_cpus: int
     """Logical CPUs that Ray hands out: ``targets.local.cpu``, or what the machine has."""
-    gpus: int
+    num_gpus: int
     """GPUs that Ray hands out: those of the machine that some pool asks for."""
     memory_bytes: int
     """Memory of the machine."""
@@ -63,7 +63,9 @@ def plan_local(config: ClusterConfig, machine: Machine) -> LocalPlan:
     if config.train.workers.max > limit >= config.train.workers.min:
         notes.append(f"train.workers: {config.train.workers} asked for, at most {limit} fit on this machine")
     gpus = max((pool.num_gpus for pool in pools.values()), default=0)
-    return LocalPlan(cpus=cpus, gpus=gpus, memory_bytes=machine.memory_bytes, pools=pools, notes=tuple(notes))
+    return LocalPlan(
+        num_cpus=cpus, num_gpus=gpus, memory_bytes=machine.memory_bytes, pools=pools, notes=tuple(notes)
+    )
 
 
 def count(number: float, noun: str) -> str:

@@ -18,8 +18,6 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 from pydantic_core import PydanticCustomError
 
-from shoal.config.local import LocalPlan, plan_local
-from shoal.config.machine import Machine
 from shoal.config.values import AtLeast, Duration, Gpus, Range, Size
 
 # A DNS label: Kubernetes names, Ray resource names and environment variables all accept it.
@@ -279,11 +277,6 @@ class ClusterConfig(Section):
     def keys_path(self, project: Path) -> Path | None:
         """The absolute path of ``serve.keys_file``, or None when no keys are asked for."""
         return None if self.serve.keys_file is None else _absolute(project, self.serve.keys_file)
-
-    def local_plan(self, num_cpus_here: int, memory_here: int, gpus_here: int) -> LocalPlan:
-        """What this config becomes on target ``local``, on a machine with these CPUs, bytes and GPUs."""
-        machine = Machine(num_cpus=num_cpus_here, memory_bytes=memory_here, num_gpus=gpus_here)
-        return plan_local(self, machine)
 
     def as_dict(self) -> dict[str, Any]:
         """The whole config, defaults included, as JSON-able values; ``from_dict`` gives it back."""

@@ -27,19 +27,20 @@ KIND = "model"
 FORMAT = 1
 
 
-def write_package(directory: Path, net: nn.Module, *, model: str, version: int, lineage: Lineage) -> Manifest:
-    """Commit ``net`` as version ``version`` of ``model``; what is written is known to load.
+def write_package(
+    directory: Path, weights: Mapping[str, Tensor], *, model: str, version: int, lineage: Lineage
+) -> Manifest:
+    """Commit weights as version ``version`` of ``model``; what is written is known to load.
 
-    Parameters and buffers are stored; tied weights stay tied. Blocks until they are on disk, and builds the
-    recipe's model once to see that it takes the weights.
+    ``weights`` is a module's ``state_dict()``. Parameters and buffers are stored; tied weights
+    stay tied. Blocks until they are on disk, and builds the recipe's model once to see that it takes the weights.
 
     Raises:
         RecipeError: another process could not build the model: the recipe is not in an importable file, its
-            ``build_model`` fails, or its model has other weights than ``net``.
+            ``build_model`` fails, or its model does not take them.
         NotFoundError: the recipe is not where ``lineage`` says.
         StorageError: ``directory`` exists, or the disk is full, read-only or gone.
     """
-    weights = net.state_dict()
     _fit(_build(_recipe(lineage)), weights, lineage)
     description = {"format": FORMAT, "model": model, "version": version, "lineage": lineage.as_dict()}
 
@@ -77,7 +78,12 @@ class ModelPackage:
         if manifest.meta.get("kind") != KIND or not {WEIGHTS, DESCRIPTION} <= manifest.files.keys():
             raise CorruptError(f"{directory} is no model: it needs {WEIGHTS} and {DESCRIPTION}")
         match read_json(directory / DESCRIPTION):
-            case {"format": 1, "model": str(model), "version": int(version), "lineage": lineage}:
+            case {
+                "format": written,
+                "model": str(model),
+                "version": int(version),
+                "lineage": lineage,
+            } if written == FORMAT:
                 try:
                     package = cls(directory, model, version, Lineage.from_dict(lineage), manifest)
                 except ValueError as error:

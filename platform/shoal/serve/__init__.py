@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from shoal.serve.builder import app as app
     from shoal.serve.core.answer import Refusal as Refusal
     from shoal.serve.core.gate import Limits as Limits
-    from shoal.serve.core.picture import read_pixels as read_pixels
     from shoal.serve.core.picture import to_grey as to_grey
+    from shoal.serve.core.pixels import read_pixels as read_pixels
     from shoal.serve.deploying import apps as apps
     from shoal.serve.deploying import delete as delete
     from shoal.serve.deploying import deploy as deploy
@@ -31,7 +31,7 @@ _HOME = {
     "apps": "shoal.serve.deploying",
     "delete": "shoal.serve.deploying",
     "deploy": "shoal.serve.deploying",
-    "read_pixels": "shoal.serve.core.picture",
+    "read_pixels": "shoal.serve.core.pixels",
     "to_grey": "shoal.serve.core.picture",
 }
 

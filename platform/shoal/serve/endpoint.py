@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from shoal.errors import ClusterError, ShoalError
 from shoal.serve.core import picture, upload
-from shoal.serve.core.answer import Answer, Refusal
+from shoal.serve.core.answer import Answer, Refusal, no_model
 from shoal.serve.core.batch import Batcher
 from shoal.serve.core.gate import Call, Gate, Limits
 from shoal.serve.core.keys import Keys
@@ -87,8 +87,6 @@ class Endpoint:
     def answer(self, outputs: Tensor) -> Sequence[Mapping[str, Any]]:
         """What each row of the model's ``outputs`` (a batch) says, as JSON-able mappings, one per row."""
         raise NotImplementedError
-
-    # What follows is the machinery; a subclass has no need of it.
 
     def __init__(
         self,
@@ -179,14 +177,14 @@ class Endpoint:
     async def predict(self, call: Call) -> Answer:
         """Answer one request with the loaded model."""
         if self._loaded is None:
-            raise Refusal(503, "no_model", "No model is loaded yet.", "Try again in a few seconds.")
+            raise no_model()
         return await self._batcher.submit(await self._sample(call))
 
     def describe(self) -> dict[str, Any]:
         """The model that answers now, where it comes from, and whether a later one was rejected."""
         loaded = self._loaded
         if loaded is None:
-            raise Refusal(503, "no_model", "No model is loaded yet.", "Try again in a few seconds.")
+            raise no_model()
         return {
             "model": loaded.model,
             "version": loaded.version,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from shoal.serve.core.answer import Refusal
+from shoal.serve.core.answer import Refusal, no_model
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -32,7 +32,7 @@ def build_routes(endpoint: Endpoint) -> FastAPI:
         """Whether a model is loaded: 200, or 503 with the reason's code."""
         loaded = endpoint.loaded
         if loaded is None:
-            raise Refusal(503, "no_model", "No model is loaded yet.", "Try again in a few seconds.")
+            raise no_model()
         return JSONResponse({"status": "ok", "model": loaded.model, "version": loaded.version})
 
     async def model() -> dict[str, Any]:
@@ -77,6 +77,7 @@ _PREDICT_ANSWERS: dict[int | str, dict[str, Any]] = {
             413: "The body or the picture is too large.",
             415: "The content type or the kind of file is not supported.",
             422: "The JSON does not fit the model.",
+            500: "The app failed on this request; the reason is in its log.",
             503: "Too many requests; try again after Retry-After.",
             504: "No answer in time.",
         }.items()

@@ -19,7 +19,7 @@ from shoal.storage.disk import Disk, make_directories, open_plain
 from shoal.storage.files import create_json, read_json, write_json
 from shoal.storage.identity import claim, differences
 from shoal.storage.journal import MAX_LINE_BYTES, append_line, read_lines
-from shoal.storage.layout import MIN_FREE_BYTES, Storage
+from shoal.storage.layout import MIN_FREE_BYTES, Storage, check_name, is_name
 from shoal.storage.lock import FileLock
 from shoal.storage.stop import StopMark
 
@@ -34,6 +34,7 @@ __all__ = [
     "StopMark",
     "Storage",
     "append_line",
+    "check_name",
     "claim",
     "collect_orphans",
     "commit",
@@ -41,6 +42,7 @@ __all__ = [
     "create_json",
     "differences",
     "discard",
+    "is_name",
     "make_directories",
     "newest_verified",
     "open_plain",

@@ -23,7 +23,7 @@ from shoal.storage.owner import temporary_path
 MIN_FREE_BYTES = 128 * 2**20
 """Below this much free space nothing new is started: logs, journals and MLflow's database need some too."""
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}")
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,15 @@ class Storage:
 
     def run_dir(self, name: str) -> Path:
         """Raises RequestError when ``name`` could not be the name of a run."""
-        return self.runs_dir / _checked("run", name)
+        return self.runs_dir / check_name("run", name)
 
     def sweep_dir(self, name: str) -> Path:
         """Raises RequestError when ``name`` could not be the name of a sweep."""
-        return self.sweeps_dir / _checked("sweep", name)
+        return self.sweeps_dir / check_name("sweep", name)
 
     def model_dir(self, model: str, version: int) -> Path:
         """Raises RequestError when ``model`` could not be the name of a model."""
-        return self.models_dir / _checked("model", model) / str(int(version))
+        return self.models_dir / check_name("model", model) / str(int(version))
 
     def check(self, *, disk: Disk = LOCAL_DISK) -> None:
         """Create the folder if needed, and prove that it can be written and has room.
@@ -95,10 +95,20 @@ class Storage:
             raise storage_error("use the storage folder", self.root, error) from error
 
 
-def _checked(kind: str, name: str) -> str:
-    if _NAME.fullmatch(name) is None:
+def is_name(name: object) -> bool:
+    """Whether ``name`` may name a run, a sweep or a model: a folder's name on any disk, and one in MLflow."""
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None
+
+
+def check_name(kind: str, name: str) -> str:
+    """``name``, if it may name a ``kind`` (``run``, ``sweep``, ``model``).
+
+    Raises:
+        RequestError: it may not; the message says what may.
+    """
+    if not is_name(name):
         raise RequestError(
-            f"{name!r} cannot be the name of a {kind}: use 1 to 100 letters, digits, '.', '_' and '-', "
-            "beginning with a letter or a digit."
+            f"{name!r} cannot name a {kind}: use 1 to 80 of a-z, 0-9, '.', '_' and '-', "
+            "beginning with a letter or a digit"
         )
     return name

@@ -15,7 +15,8 @@ FOREIGN_AFTER_S = 24 * 3600.0
 """A temporary file of another machine, whose processes we cannot see, counts as abandoned after this long
 without a change."""
 
-_TEMPORARY = re.compile(r"^\..*\.([0-9a-f]{8})-([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{8}\.tmp$", re.DOTALL)
+_OWNER = r"([0-9a-f]{8})-([0-9a-f]{8})-([0-9]+)-([0-9]+)"
+_TEMPORARY = re.compile(rf"^\..*\.(?P<owner>{_OWNER})-[0-9a-f]{{8}}\.tmp$", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,16 @@ class Owner:
         started = start_ticks(pid)
         return cls(machine=_machine(), boot=boot_id(), pid=pid, started=started or 0)
 
+    def __str__(self) -> str:
+        """``<machine>-<boot>-<pid>-<started>``, which `parse` reads."""
+        return f"{self.machine}-{self.boot}-{self.pid}-{self.started}"
+
+    @classmethod
+    def parse(cls, text: str) -> Owner | None:
+        """The process that such a text names; None for another text."""
+        match = re.fullmatch(_OWNER, text)
+        return None if match is None else cls(match[1], match[2], int(match[3]), int(match[4]))
+
     def is_gone(self) -> bool | None:
         """Whether the process has ended; None when it ran where we cannot look."""
         if self.machine != _machine():
@@ -46,18 +57,16 @@ class Owner:
 
 def temporary_path(target: Path) -> Path:
     """A name beside ``target`` for its unfinished form, unique, and telling who writes it."""
-    owner = Owner.here()
-    tag = f"{owner.machine}-{owner.boot}-{owner.pid}-{owner.started}-{secrets.token_hex(4)}"
-    return target.with_name(f".{target.name}.{tag}.tmp")
+    return target.with_name(f".{target.name}.{Owner.here()}-{secrets.token_hex(4)}.tmp")
 
 
 def is_abandoned(path: Path) -> bool:
     """Whether ``path`` is a temporary file or directory that nobody will finish."""
     match = _TEMPORARY.match(path.name)
-    if match is None:
+    owner = Owner.parse(match["owner"]) if match else None
+    if owner is None:
         return False
-    machine, boot, pid, started = match.groups()
-    is_gone = Owner(machine, boot, int(pid), int(started)).is_gone()
+    is_gone = owner.is_gone()
     if is_gone is None:
         return time.time() - _newest_change(path) > FOREIGN_AFTER_S
     return is_gone

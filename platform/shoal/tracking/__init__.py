@@ -4,15 +4,15 @@ Importing this loads neither MLflow nor Ray nor pandas.
 """
 
 from shoal.tracking.actor import TrackerClient, ensure_tracker, open_registry
-from shoal.tracking.journal import Event, Folded, RunState
-from shoal.tracking.record import RunRecord, being_trained, check_run_name, list_runs, read_identity
+from shoal.tracking.journal import Event, JournalSummary, RunState
+from shoal.tracking.record import RunRecord, being_trained, list_runs, read_identity
 from shoal.tracking.registry import RegisteredModel, Registry, ResolvedModel, parse_spec
 from shoal.tracking.resizing import Resizing, Wish
 from shoal.tracking.tracker import Tracker, TrackerStatus
 
 __all__ = [
     "Event",
-    "Folded",
+    "JournalSummary",
     "RegisteredModel",
     "Registry",
     "Resizing",
@@ -24,7 +24,6 @@ __all__ = [
     "TrackerStatus",
     "Wish",
     "being_trained",
-    "check_run_name",
     "ensure_tracker",
     "list_runs",
     "open_registry",

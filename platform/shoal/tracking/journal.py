@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from shoal.errors import InternalError, RequestError
+from shoal.errors import InternalError
+from shoal.recipe import Objective
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,7 +46,7 @@ class RunState(StrEnum):
 
 
 @dataclass
-class Folded:
+class JournalSummary:
     """What a journal says in one pass; ``add`` its events in order, as they come.
 
     Memory does not grow with the journal.
@@ -175,24 +176,19 @@ def metrics_frame(events: Iterable[Event]) -> pd.DataFrame:
     return pd.DataFrame([rows[step] for step in steps], index=index, columns=order, dtype="float64")
 
 
-def best_by(candidates: Iterable[Event], metric: str, mode: str) -> Event | None:
-    """The line whose ``values[metric]`` is best; the earliest step among equals, ``None`` if none has it.
+def best_by(candidates: Iterable[Event], objective: Objective) -> Event | None:
+    """The line whose values are best by ``objective``; the earliest step among equals, None if none has it.
 
-    ``mode`` is ``"max"`` or ``"min"``. NaN is never best. A later line of the same step replaces the earlier.
-
-    Raises:
-        RequestError: another ``mode``.
+    NaN is never best. A later line of the same step replaces the earlier.
     """
-    if mode not in ("max", "min"):
-        raise RequestError(f"mode is 'max' or 'min', not {mode!r}")
     by_step = {event["step"]: event for event in candidates}
-    sign = 1.0 if mode == "min" else -1.0
-    scored = [
-        (sign * value, step)
-        for step, event in by_step.items()
-        if not math.isnan(value := event.get("values", {}).get(metric, math.nan))
-    ]
-    return by_step[min(scored)[1]] if scored else None
+    best: Event | None = None
+    best_value: float | None = None
+    for _, event in sorted(by_step.items()):
+        value = event.get("values", {}).get(objective.metric, math.nan)
+        if objective.is_better(value, best_value):
+            best, best_value = event, value
+    return best
 
 
 def _to_json(value: Any) -> float | str:

@@ -91,8 +91,6 @@ class MlflowStore:
                 raise RequestError(f"MLflow at {self.uri} refused: {message}") from error
             raise self._trouble(message) from error
 
-    # Runs
-
     def ensure_run(
         self, *, experiment: str, name: str, journal: str, start_ms: int, tags: Mapping[str, str]
     ) -> str:
@@ -169,8 +167,6 @@ class MlflowStore:
         if experiment.lifecycle_stage != "active":
             self.client.restore_experiment(experiment.experiment_id)
         return str(experiment.experiment_id)
-
-    # Model versions
 
     def all_pages(self, search: Callable[..., Any], filter_string: str | None = None) -> list[Any]:
         """Every result of one of MLflow's searches for models or versions."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
 import threading
 import time
 import traceback
@@ -20,20 +19,23 @@ from shoal.errors import (
     RequestError,
     ShoalError,
 )
+from shoal.recipe import Objective
 from shoal.storage import (
     MAX_LINE_BYTES,
     FileLock,
     StopMark,
     Storage,
     append_line,
+    check_name,
     claim,
     create_json,
+    is_name,
     open_plain,
     read_json,
 )
 from shoal.tracking.journal import (
     Event,
-    Folded,
+    JournalSummary,
     RunState,
     best_by,
     encode,
@@ -47,7 +49,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_RUN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}")
 _IDENTITY = "identity.json"
 _CHUNK_BYTES = 1 << 20
 _CANCELLED = b"\x18"
@@ -65,7 +66,7 @@ class RunRecord:
     """
 
     def __init__(self, storage: Storage, name: str, *, clock: Callable[[], float] = time.time) -> None:
-        self.name = check_run_name(name)
+        self.name = check_name("run", name)
         self._storage = storage
         self._clock = clock
         self.dir: Path = storage.run_dir(name)
@@ -82,7 +83,7 @@ class RunRecord:
         self.resizing = Resizing(self.dir)
         """How many workers the run should have."""
         self._folding = threading.Lock()
-        self._folded = Folded()
+        self._folded = JournalSummary()
         self._offset = 0
 
     def __repr__(self) -> str:
@@ -91,12 +92,10 @@ class RunRecord:
     def __reduce__(self) -> Any:
         return RunRecord, (self._storage, self.name)
 
-    # Identity
-
     @staticmethod
     def exists(storage: Storage, name: str) -> bool:
         """Whether there is such a run; a name that no run can have is that of none."""
-        return _RUN_NAME.fullmatch(name) is not None and RunRecord(storage, name).identity_path.exists()
+        return is_name(name) and RunRecord(storage, name).identity_path.exists()
 
     def identity(self) -> dict[str, Any] | None:
         """What the run was first asked for, or ``None`` for a run that does not exist.
@@ -147,8 +146,6 @@ class RunRecord:
             return str(found["sweep"]), int(found["trial"])
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptError(f"{self._trial_path} is damaged: it names no trial") from error
-
-    # Journal
 
     def append(self, kind: str, **fields: Any) -> None:
         """Write one line to the journal; ``t`` and ``attempt`` are added, and ``start`` begins a new attempt.
@@ -239,8 +236,6 @@ class RunRecord:
                 logger.warning("run %s: skipped a journal line that cannot be read: %r", self.name, line[:60])
         return events, start + len(complete)
 
-    # What the journal says
-
     def state(self) -> RunState:
         """Where the run stands, from its journal and from whether a process holds its lock."""
         # The lock first: a run that ends between the two looks must not pass for interrupted.
@@ -256,7 +251,7 @@ class RunRecord:
         """Where the journal ends now, in bytes: what comes later is found with ``events(since=...)``."""
         return self.journal_path.stat().st_size if self.journal_path.exists() else 0
 
-    def summary(self) -> Folded:
+    def summary(self) -> JournalSummary:
         """What the journal says in one pass: attempt, step, target, last evaluations, end."""
         return dataclasses.replace(self._catch_up())
 
@@ -287,14 +282,14 @@ class RunRecord:
         event = self._catch_up().evals.get(split)
         return None if event is None else dict(event["values"])
 
-    def best(self, metric: str, mode: str) -> Event | None:
-        """The ``eval`` line on ``val`` with the best ``metric``; ``mode`` is ``max`` or ``min``."""
+    def best(self, objective: Objective) -> Event | None:
+        """The ``eval`` line on ``val`` that is best by ``objective``; None before it was measured."""
         evals = (event for event in self.iter_events(("eval",)) if event["split"] == "val")
-        return best_by(evals, metric, mode)
+        return best_by(evals, objective)
 
-    def best_checkpoint(self, metric: str, mode: str) -> Event | None:
-        """The ``checkpoint`` line with the best ``metric`` of those that still exist (not verified here)."""
-        return best_by(self.checkpoints(), metric, mode)
+    def best_checkpoint(self, objective: Objective) -> Event | None:
+        """The best ``checkpoint`` line by ``objective`` of those that still exist (not verified here)."""
+        return best_by(self.checkpoints(), objective)
 
     def checkpoints(self) -> list[Event]:
         """The ``checkpoint`` lines of those that still exist and were not found damaged since, oldest first."""
@@ -304,8 +299,6 @@ class RunRecord:
             if event["kind"] == "checkpoint":
                 found[event["path"]] = event
         return [event for path, event in found.items() if (self.dir / path).is_dir()]
-
-    # Stopping
 
     def mark_stop(self) -> None:
         """Ask the run to stop at its next step boundary, wherever it runs. Repeating it is safe.
@@ -323,31 +316,17 @@ class RunRecord:
         """Forget an earlier request to stop: for the command that starts the run again, not its retries."""
         self._stop.clear()
 
-    def _catch_up(self) -> Folded:
+    def _catch_up(self) -> JournalSummary:
         with self._folding:
             while True:
                 events, end = self.events_since(self._offset)
                 if end < self._offset:  # the run was deleted and made anew
-                    self._folded = Folded()
+                    self._folded = JournalSummary()
                 for event in events:
                     self._folded.add(event)
                 if end == self._offset:
                     return self._folded
                 self._offset = end
-
-
-def check_run_name(name: str) -> str:
-    """``name``, if it may name a run.
-
-    Raises:
-        RequestError: it may not; the message says what may.
-    """
-    if not isinstance(name, str) or not _RUN_NAME.fullmatch(name):
-        raise RequestError(
-            f"{name!r} cannot name a run: use 1 to 80 of a-z, 0-9, '.', '_' and '-', "
-            "beginning with a letter or a digit"
-        )
-    return name
 
 
 def read_identity(path: Path) -> dict[str, Any]:
@@ -410,6 +389,6 @@ def list_runs(storage: Storage) -> list[RunRecord]:
     for identity in storage.runs_dir.glob(f"*/{_IDENTITY}"):
         # A run that is deleted meanwhile is none.
         with suppress(FileNotFoundError):
-            if _RUN_NAME.fullmatch(identity.parent.name):
+            if is_name(identity.parent.name):
                 found.append((identity.stat().st_mtime_ns, identity.parent.name))
     return [RunRecord(storage, name) for _, name in sorted(found, reverse=True)]

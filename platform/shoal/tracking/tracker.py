@@ -34,7 +34,7 @@ from shoal.tracking.delivery import (
 from shoal.tracking.journal import END_STATES, Event, RunState
 from shoal.tracking.mlflow_store import MlflowStore, without_credentials
 from shoal.tracking.record import RunRecord, list_runs
-from shoal.tracking.registry import RegistryStore
+from shoal.tracking.registry_store import RegistryStore
 
 logger = logging.getLogger(__name__)
 
@@ -116,8 +116,6 @@ class Tracker:
         self._thread: threading.Thread | None = None
         self.registry = RegistryStore(self.store, storage, run_id=self.mlflow_run_id)
 
-    # Life
-
     def start(self) -> None:
         """Poll in a background thread until ``close``."""
         if self._thread is None:
@@ -173,8 +171,6 @@ class Tracker:
         """MLflow's id of the run, or ``None`` while MLflow does not know it."""
         progress = self._progress.get(run)
         return (progress.run_id or None) if progress is not None else None
-
-    # Delivery
 
     def flush(self) -> TrackerStatus:
         """Deliver now, without waiting for a backoff; blocks for one pass and says how far it got."""
@@ -390,8 +386,6 @@ class Tracker:
     def _warn(self, message: str) -> None:
         logger.warning("%s", message)
         self._warnings = [*self._warnings, message][-_MAX_WARNINGS:]
-
-    # What was delivered
 
     def _load(self, run: str, journal: str) -> _Progress:
         path = self._delivered_dir / f"{run}.json"

@@ -32,8 +32,7 @@ def adopt_checkpoint(source: RunRecord, target: RunRecord) -> Source:
     discard_leftovers(target)
     identity = source.identity()
     for _ in range(_ATTEMPTS):
-        there = [path for path in source.checkpoints_dir.glob("*") if names_checkpoint(path.name)]
-        for path in sorted(there, reverse=True):
+        for path in sorted(_checkpoints(source), reverse=True):
             try:
                 manifest = _copy(path, target.checkpoints_dir / path.name, identity)
             except CorruptError as err:
@@ -62,5 +61,9 @@ def discard_leftovers(run: RunRecord) -> None:
         StorageError: it cannot be deleted.
     """
     if run.identity() is None:
-        for leftover in run.checkpoints_dir.glob("step-*"):
+        for leftover in _checkpoints(run):
             discard(leftover)
+
+
+def _checkpoints(run: RunRecord) -> list[Path]:
+    return [path for path in run.checkpoints_dir.glob("*") if names_checkpoint(path.name)]

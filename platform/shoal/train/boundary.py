@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from shoal.errors import RecipeError, ShoalError, StorageError
 from shoal.tracking import RunRecord, RunState
 from shoal.train.cadence import Cadence
-from shoal.train.checkpoints import CheckpointWriter, Snapshot, take_snapshot, write_snapshot
+from shoal.train.checkpoint_writer import CheckpointWriter
+from shoal.train.checkpoints import Snapshot, take_snapshot, write_snapshot
 from shoal.train.group import Group
 from shoal.train.pulse import heart
 from shoal.train.reduce import Wishes
 from shoal.train.resume import Beginning, facts
 from shoal.train.session import Session
-from shoal.train.spec import RunSpec, digest_of
+from shoal.train.spec import EvalListener, RunSpec, digest_of
 from shoal.train.stamp import checkpoint_path
 
 WRITE_SLICE_S = 5.0
 """How long rank 0 waits for a checkpoint to be written before it tells its peers that it still does."""
-
-EvalListener = Callable[[int, Mapping[str, float]], None]
-"""Told on rank 0 of every look at the validation data: (step, values)."""
 
 
 class RunBoundary:

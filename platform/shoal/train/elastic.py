@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from shoal.capacity import Steady, next_size, restart_range
 from shoal.config import Range
 from shoal.errors import EnvironmentFailure
-from shoal.tracking import Folded, RunRecord, Wish
+from shoal.tracking import JournalSummary, RunRecord, Wish
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class Elastic:
             self._record.resizing.order(attempt, size)
             self._order, self._is_ordered = (attempt, size), True
 
-    def _is_ours(self, seen: Folded) -> bool:
+    def _is_ours(self, seen: JournalSummary) -> bool:
         """Whether workers of this driver have begun: what the record says is about them."""
         return self._earlier_attempts is not None and seen.attempt > self._earlier_attempts
 

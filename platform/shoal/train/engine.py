@@ -11,13 +11,13 @@ import torch
 from shoal.errors import DeadlineExceeded, EnvironmentFailure, PeerLost, RecipeError
 from shoal.storage import FileLock
 from shoal.tracking import RunRecord, RunState, being_trained
-from shoal.train.boundary import EvalListener, RunBoundary
+from shoal.train.boundary import RunBoundary
 from shoal.train.group import Group
+from shoal.train.loader import build_data
 from shoal.train.pulse import heart
 from shoal.train.resume import check_data, restore, warn_of_changed_code
-from shoal.train.seeds import derive_seed, seed_everything
 from shoal.train.session import Session
-from shoal.train.spec import RunSpec
+from shoal.train.spec import EvalListener, RunSpec
 
 LOCK_TIMEOUT_S = 20.0
 """How long a new rank 0 waits for the one before it to be gone for certain."""
@@ -54,8 +54,7 @@ def train_worker(spec: RunSpec, group: Group, *, on_eval: EvalListener | None = 
 def _train(spec: RunSpec, group: Group, record: RunRecord, on_eval: EvalListener | None) -> None:
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
-    seed_everything(derive_seed(spec.seed, "data"))  # a random split must be the same one on every worker
-    data = spec.recipe.build_data()
+    data = build_data(spec.recipe, spec.seed)
     boundary = RunBoundary(spec, group, record, on_eval)
     session = Session(
         spec.recipe,

@@ -5,10 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from shoal.errors import NotFoundError, RecipeError
+from shoal.errors import NotFoundError
 from shoal.models import Lineage, load_tensors, write_package
-from shoal.models.lineage import check_reference
-from shoal.recipe import from_fields, load_recipe
 from shoal.storage import read_json, verify
 from shoal.train.checkpoints import MODEL_FILE
 from shoal.train.run import Run
@@ -27,13 +25,8 @@ def write_run_package(run: Run, directory: Path, *, model: str, version: int) ->
     checkpoint = run.best_checkpoint()
     check_stamp(checkpoint, verify(checkpoint), run.record.identity())
     lineage = lineage_of(run, checkpoint)
-    check_reference(lineage.recipe)
-    net = from_fields(load_recipe(lineage.recipe), lineage.fields).build_model()
-    try:
-        net.load_state_dict(load_tensors(checkpoint / MODEL_FILE))
-    except RuntimeError as err:
-        raise RecipeError(f"{lineage.recipe} no longer takes the weights of run {run.name!r}: {err}") from err
-    write_package(directory, net, model=model, version=version, lineage=lineage)
+    weights = load_tensors(checkpoint / MODEL_FILE)
+    write_package(directory, weights, model=model, version=version, lineage=lineage)
 
 
 def lineage_of(run: Run, checkpoint: Path) -> Lineage:

@@ -9,9 +9,18 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from shoal.errors import RecipeError
-from shoal.recipe import Datasets
+from shoal.recipe import Datasets, Recipe
 from shoal.train.order import DataOrder
 from shoal.train.seeds import derive_seed, seed_everything
+
+
+def build_data(recipe: Recipe, seed: int) -> Datasets:
+    """The recipe's data; a random split is the same one wherever the run's seed is the same.
+
+    Whatever the recipe's code raises comes out as it is.
+    """
+    seed_everything(derive_seed(seed, "data"))
+    return recipe.build_data()
 
 
 def training_loader(

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from shoal.recipe import Recipe
 from shoal.train.group import Group
+from shoal.train.loader import build_data
 from shoal.train.options import RunOptions
 from shoal.train.reduce import Wishes
-from shoal.train.seeds import derive_seed, seed_everything
 from shoal.train.session import Session
 
 if TYPE_CHECKING:
@@ -61,10 +61,9 @@ def fit(recipe: Recipe, *, steps: int | None = None, seed: int = 0) -> Fitted:
     """
     RunOptions(steps=steps, seed=seed)  # checks them
     listener = _Listener()
-    seed_everything(derive_seed(seed, "data"))
     session = Session(
         recipe,
-        recipe.build_data(),
+        build_data(recipe, seed),
         Group.alone(),
         listener,
         seed=seed,

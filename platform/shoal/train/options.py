@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from shoal.errors import RequestError
 from shoal.recipe import Recipe
 from shoal.storage import Storage
-from shoal.train.asked import (
+from shoal.train.option_rules import (
     Rule,
     check,
     duration,
@@ -20,14 +20,13 @@ from shoal.train.asked import (
     whole_number,
 )
 from shoal.train.revision import code_revision
-from shoal.train.spec import RunSpec, identity_of, run_name_of
+from shoal.train.spec import Precision, RunSpec, default_name, identity_of
 
 if TYPE_CHECKING:
     from shoal.capacity import Resources
     from shoal.cluster import ClusterInfo
     from shoal.config import ClusterConfig, Range
     from shoal.tracking import ResolvedModel
-    from shoal.train.session import Precision  # loads torch, which a driver need not
 
 RULES = {
     "workers": Rule(
@@ -36,7 +35,7 @@ RULES = {
     "steps": Rule(whole_number(1), "a whole number, 1 or more, such as 2000"),
     "name": Rule(is_text, "a text, such as 'first-try'"),
     "seed": Rule(whole_number(), "a whole number, such as 7"),
-    "precision": Rule(one_of("fp32", "bf16"), "'fp32' or 'bf16'"),
+    "precision": Rule(one_of(*get_args(Precision)), "'fp32' or 'bf16'"),
     "checkpoint_every": Rule(
         is_interval,
         "from 1 ms to 100 years: seconds, such as 30, or a text with a unit, such as '30s'",
@@ -148,7 +147,7 @@ def plan_run(
     )
     return RunSpec(
         recipe=recipe,
-        name=run_name_of(identity) if options.name is None else options.name,
+        name=default_name(identity) if options.name is None else options.name,
         storage=storage,
         target_steps=steps,
         seed=options.seed,

@@ -11,6 +11,7 @@ import torch
 
 from shoal.errors import IdentityError, RecipeError
 from shoal.models import ModelPackage, load_tensors
+from shoal.models.package import WEIGHTS
 from shoal.recipe import Datasets, recipe_ref
 from shoal.storage import create_json, read_json
 from shoal.tracking import RunRecord
@@ -121,7 +122,7 @@ def facts(spec: RunSpec, group: Group) -> dict[str, Any]:
 
 def _best_recorded(spec: RunSpec, record: RunRecord) -> tuple[int, float] | None:
     objective = spec.recipe.objective
-    best = record.best_checkpoint(objective.metric, objective.mode)
+    best = record.best_checkpoint(objective)
     return None if best is None else (int(best["step"]), float(best["values"][objective.metric]))
 
 
@@ -170,7 +171,7 @@ def _load(session: Session, loaded: Loaded, spec: RunSpec, record: RunRecord) ->
 def _load_weights(session: Session, package: Path, *, expect: str | None) -> None:
     ModelPackage.open(package, expect=expect)
     try:
-        session.model.load_state_dict(load_tensors(package / "model.safetensors"))
+        session.model.load_state_dict(load_tensors(package / WEIGHTS))
     except RuntimeError as err:
         raise RecipeError(
             f"init_from: the weights in {package} do not fit this recipe's model: {err}"

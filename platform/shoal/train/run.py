@@ -114,7 +114,7 @@ class Run:
             NotFoundError: the run has committed none yet.
         """
         objective = self.objective
-        best = self._record.best_checkpoint(objective.metric, objective.mode) if objective else None
+        best = self._record.best_checkpoint(objective) if objective else None
         chosen = [best] if best else self._record.checkpoints()[-1:]
         if chosen:
             return Path(self._record.dir / chosen[0]["path"])
@@ -284,7 +284,7 @@ def best_text(record: RunRecord) -> str:
     Empty before it was measured.
     """
     objective = objective_of(record)
-    best = record.best(objective.metric, objective.mode) if objective is not None else None
+    best = record.best(objective) if objective is not None else None
     if objective is None or best is None:
         return ""
     return f"val {objective.metric} {best['values'][objective.metric]:.4g} at step {best['step']:,}"

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -27,9 +27,8 @@ from shoal.train.pulse import heart
 from shoal.train.reduce import GradientBuckets, Wishes
 from shoal.train.scheme import exact, fast
 from shoal.train.seeds import derive_seed, seed_everything
+from shoal.train.spec import Precision
 from shoal.train.tree import share_of
-
-Precision = Literal["fp32", "bf16"]
 
 
 class Boundary(Protocol):

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 from shoal.recipe import Recipe, field_values, recipe_ref
 from shoal.storage import Storage
 
-if TYPE_CHECKING:
-    from shoal.train.session import Precision  # loads torch, which a driver need not
+Precision = Literal["fp32", "bf16"]
+"""Of the forward pass."""
+EvalListener = Callable[[int, Mapping[str, float]], None]
+"""Told on rank 0 of every look at the validation data: (step, values)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,13 +87,13 @@ def identity_of(
     }
 
 
-def run_name_of(identity: dict[str, Any]) -> str:
-    """The default name, ``<recipe>-<8 hex of the identity>``.
+def default_name(identity: Mapping[str, Any], infix: str = "") -> str:
+    """The name of what has no other, ``<recipe>-<infix><8 hex of the identity>``.
 
-    So the same command finds the same run again, and another ``lr`` is another run.
+    So the same command finds the same run or sweep again, and another ``lr`` is another one.
     """
     class_name = str(identity["recipe"]).rpartition(":")[2].lower()
-    return f"{re.sub(r'[^a-z0-9]', '', class_name)[:60] or 'run'}-{digest_of(identity)[:8]}"
+    return f"{re.sub(r'[^a-z0-9]', '', class_name)[:60] or 'run'}-{infix}{digest_of(identity)[:8]}"
 
 
 def digest_of(identity: Mapping[str, Any] | None) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from shoal.train.asked import Rule, check, is_amount, one_of, refuse, whole_number
+from shoal.train.option_rules import Rule, check, is_amount, one_of, refuse, whole_number
 from shoal.train.options import RULES as RUN_RULES
 from shoal.train.options import RunOptions
 from shoal.tune.record import MAX_TRIALS
 
 if TYPE_CHECKING:
-    from shoal.train.session import Precision  # loads torch, which a driver need not
+    from shoal.train.spec import Precision
 
 SchedulerKind = Literal["asha", "pbt", "none"]
 

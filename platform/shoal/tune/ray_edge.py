@@ -36,10 +36,10 @@ from shoal.tracking import RunRecord
 from shoal.train.driver import WorkersDriver
 from shoal.train.output import captured_output, log_path
 from shoal.train.ray_edge import keep_raylet_quiet
-from shoal.train.spec import RunSpec
+from shoal.train.spec import EvalListener, RunSpec
 from shoal.tune.ray_population import Population
 from shoal.tune.record import MAX_TRIALS
-from shoal.tune.trial import STOP_TIMEOUT_S, OnEval, TrialPlan, TrialRun, train_here
+from shoal.tune.trial import STOP_TIMEOUT_S, TrialPlan, TrialRun, train_here
 from shoal.tune.trial_on_workers import TrialOnWorkers
 from shoal.tune.trials import Trials
 
@@ -88,7 +88,7 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         return True
 
 
-def _train_logged(spec: RunSpec, on_eval: OnEval) -> None:
+def _train_logged(spec: RunSpec, on_eval: EvalListener) -> None:
     record = RunRecord(spec.storage, spec.name)
     with captured_output(log_path(record.logs_dir, 0)):
         train_here(spec, on_eval)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -14,8 +12,8 @@ from typing import Any
 
 from shoal.errors import CorruptError, NotFoundError, RequestError, did_you_mean
 from shoal.recipe import Objective
-from shoal.storage import FileLock, StopMark, Storage, append_line, claim, read_lines
-from shoal.tracking import RunRecord, RunState, check_run_name, read_identity
+from shoal.storage import FileLock, StopMark, Storage, append_line, check_name, claim, read_lines
+from shoal.tracking import RunRecord, RunState, read_identity
 from shoal.train.spec import Source
 
 _IDENTITY = "sweep.json"
@@ -93,7 +91,7 @@ class Trial:
 
     def _is_well_formed(self) -> bool:
         """Whether every part has its type, which a damaged line need not. Raises RequestError for a run's name."""
-        check_run_name(self.run)
+        check_name("run", self.run)
         numbers = [*self.values.values(), *([] if self.value is None else [self.value])]
         return (
             1 <= self.number <= MAX_TRIALS
@@ -113,8 +111,8 @@ class SweepRecord:
     """
 
     def __init__(self, storage: Storage, name: str) -> None:
-        check_run_name(name)
-        check_run_name(run_of(name, MAX_TRIALS))
+        check_name("sweep", name)
+        check_name("run", run_of(name, MAX_TRIALS))
         self.storage = storage
         self.name = name
         self.dir: Path = storage.sweep_dir(name)
@@ -224,17 +222,22 @@ def state_word(run: RunRecord, pruned: Container[str]) -> str:
     return str(state)
 
 
+def best_trial(trials: Iterable[Trial], objective: Objective) -> Trial | None:
+    """The best by ``objective`` of the trials that are done, else of all; the earliest among equals.
+
+    None when no trial has measured it. One that failed is never the best.
+    """
+    measured = [trial for trial in trials if trial.value is not None and trial.state is not TrialState.FAILED]
+    best: Trial | None = None
+    for trial in [trial for trial in measured if trial.state.is_final] or measured:
+        if trial.value is not None and objective.is_better(trial.value, best.value if best else None):
+            best = trial
+    return best
+
+
 def run_of(sweep: str, number: int) -> str:
     """The name of a trial's run."""
     return f"{sweep}-t{number:03d}"
-
-
-def sweep_name_of(identity: Mapping[str, Any]) -> str:
-    """The default name, ``<recipe>-sweep-<8 hex of the identity>``: the same command finds the same sweep."""
-    canonical = json.dumps(dict(identity), sort_keys=True, separators=(",", ":"))
-    digest = hashlib.sha256(canonical.encode()).hexdigest()[:8]
-    class_name = str(identity["recipe"]).rpartition(":")[2].lower()
-    return f"{re.sub(r'[^a-z0-9]', '', class_name)[:50] or 'recipe'}-sweep-{digest}"
 
 
 def seen_in_journal(trial: Trial, run: RunRecord, objective: Objective) -> Trial:
@@ -242,7 +245,7 @@ def seen_in_journal(trial: Trial, run: RunRecord, objective: Objective) -> Trial
 
     The journal is what a trial's process wrote itself, so nothing is lost when the sweep's driver dies.
     """
-    best = run.best(objective.metric, objective.mode)
+    best = run.best(objective)
     values = dict(best["values"]) if best else {}
     summary = run.summary()
     trial = replace(trial, step=summary.step, values=values, value=values.get(objective.metric))

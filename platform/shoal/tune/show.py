@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from shoal.recipe import Objective
 from shoal.train.progress import Reporter, Silent
-from shoal.tune.record import Trial, TrialState
+from shoal.tune.record import Trial, TrialState, best_trial
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -124,10 +124,10 @@ def trials_table(
     table.add_column("step", justify="right", no_wrap=True)
     table.add_column(objective.metric, justify="right", no_wrap=True, max_width=20)
     table.add_column("fields", overflow="ellipsis", no_wrap=True, max_width=max(20, width - 60))
-    best = best_number(trials, objective)
+    best = best_trial(trials, objective)
     for trial in shown_trials(trials, objective):
-        marks = "bold" if trial.number == best else ("dim" if trial.state is TrialState.PRUNED else "")
-        value = f"{trial.value:.4g}{' *' if trial.number == best else ''}" if trial.value is not None else "-"
+        marks = "bold" if trial is best else ("dim" if trial.state is TrialState.PRUNED else "")
+        value = f"{trial.value:.4g}{' *' if trial is best else ''}" if trial.value is not None else "-"
         detail = first_line(trial.error) if trial.error else fields_text(trial)
         cells = [str(trial.number), str(trial.state), f"{trial.step:,}", value, detail]
         table.add_row(*(Text(cell) for cell in cells), style=marks)
@@ -142,18 +142,10 @@ def shown_trials(trials: Sequence[Trial], objective: Objective) -> list[Trial]:
         return list(trials)
     active = [trial for trial in trials if trial.state in (TrialState.RUNNING, TrialState.WAITING)]
     others = [trial for trial in trials if trial not in active]
+    best = best_trial(trials, objective)  # first: one that was stopped may have a better value, and is not it
     sign = -1.0 if objective.mode == "max" else 1.0
-    others.sort(key=lambda trial: (trial.value is None, sign * (trial.value or 0.0)))
+    others.sort(key=lambda trial: (trial is not best, trial.value is None, sign * (trial.value or 0.0)))
     return sorted((active + others)[:MAX_ROWS], key=lambda trial: trial.number)
-
-
-def best_number(trials: Sequence[Trial], objective: Objective) -> int | None:
-    """Number of the trial with the best objective so far; None when none has measured it."""
-    best: Trial | None = None
-    for trial in trials:
-        if trial.value is not None and trial.state is not TrialState.FAILED:
-            best = trial if objective.is_better(trial.value, best.value if best else None) else best
-    return best.number if best else None
 
 
 def sweep_frame(trials: Sequence[Trial], objective: Objective) -> pd.DataFrame:
@@ -184,7 +176,7 @@ def sweep_html(name: str, trials: Sequence[Trial], objective: Objective) -> str:
     """The trials as an HTML table."""
     from html import escape
 
-    best = best_number(trials, objective)
+    best = best_trial(trials, objective)
     fields = list(dict.fromkeys(field for trial in trials for field in trial.fields))
     head = ["trial", "state", "step", objective.metric, *fields]
     lines = []
@@ -192,7 +184,7 @@ def sweep_html(name: str, trials: Sequence[Trial], objective: Objective) -> str:
         value = "" if trial.value is None else f"{trial.value:.4g}"
         cells = [str(trial.number), str(trial.state), f"{trial.step:,}", value]
         cells += [short(trial.fields.get(field, "")) for field in fields]
-        tag = "th" if trial.number == best else "td"
+        tag = "th" if trial is best else "td"
         lines.append("<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>")
     header = "".join(f"<th>{escape(text)}</th>" for text in head)
     return f"<table><caption>{escape(name)}</caption><tr>{header}</tr>{''.join(lines)}</table>"

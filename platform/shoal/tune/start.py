@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from shoal.errors import DeadlineExceeded, RequestError
 from shoal.recipe import Recipe
 from shoal.storage import Storage
-from shoal.train.asked import refuse
+from shoal.train.option_rules import refuse
 from shoal.train.options import plan_run, worker_resources
+from shoal.train.spec import default_name
 from shoal.tune.options import SweepOptions
 from shoal.tune.population import check_population, default_interval
-from shoal.tune.record import MAX_TRIALS, SweepRecord, sweep_name_of
+from shoal.tune.record import MAX_TRIALS, SweepRecord
 from shoal.tune.shapes import changes_shape
 from shoal.tune.space import Space, check_space, describe_space, num_combinations
 from shoal.tune.sweep import Sweep, SweepDriver
@@ -33,11 +34,8 @@ def start_sweep(
 ) -> Sweep:
     """Search ``space`` for the recipe's best fields; returns at once.
 
-    The recipe's own fields are what the space does not name. Optuna's TPE chooses; with ``scheduler="asha"``
-    trials that are worse than others at the same step end early; with ``"pbt"`` ``trials`` is a population that
-    trains side by side, in which a trial among the worst is replaced by a copy of one among the best with fields
-    changed a little, a new run that goes on from the other's checkpoint. The same call goes on with a sweep that
-    was stopped or killed, and returns one that is done.
+    The recipe's own fields are what the space does not name. The same call goes on with a sweep that was stopped
+    or killed, and returns one that is done.
 
     Raises:
         RequestError: a search that is impossible as asked, or that is being run already; nothing was started.
@@ -64,7 +62,7 @@ def start_sweep(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Search:
+class _SweepPlan:
     """A search with nothing left open: as asked, else as the file says."""
 
     options: SweepOptions
@@ -92,7 +90,7 @@ class _Room(NamedTuple):
     now: int
 
 
-def _fill_in(info: ClusterInfo, recipe: Recipe, space: Space, options: SweepOptions) -> _Search:
+def _fill_in(info: ClusterInfo, recipe: Recipe, space: Space, options: SweepOptions) -> _SweepPlan:
     from shoal.config import ClusterConfig
     from shoal.tune.trial import TrialPlan
 
@@ -103,8 +101,8 @@ def _fill_in(info: ClusterInfo, recipe: Recipe, space: Space, options: SweepOpti
     space = check_space(recipe, space)
     template = _template(info, config, recipe, options)
     identity = _identity(template, space, options)
-    name = sweep_name_of(identity) if options.name is None else options.name
-    return _Search(
+    name = default_name(identity, "sweep-") if options.name is None else options.name
+    return _SweepPlan(
         options=options,
         space=space,
         identity=identity,
@@ -166,7 +164,7 @@ def _room(info: ClusterInfo, plan: TrialPlan) -> _Room:
     return _Room(most=fit // plan.workers, now=free // plan.workers)
 
 
-def _check_population(search: _Search, room: _Room) -> None:
+def _check_population(search: _SweepPlan, room: _Room) -> None:
     if not search.is_population:
         return
     template = search.plan.template
@@ -191,7 +189,7 @@ def _take_lock(record: SweepRecord) -> None:
         ) from None
 
 
-def _trials(record: SweepRecord, search: _Search) -> Trials:
+def _trials(record: SweepRecord, search: _SweepPlan) -> Trials:
     from shoal.tune.search import Search
     from shoal.tune.trials import Trials
 
@@ -199,7 +197,7 @@ def _trials(record: SweepRecord, search: _Search) -> Trials:
     return Trials(record, search.plan, sampler, num_trials=search.num_trials)
 
 
-def _runner(trials: Trials, search: _Search, room: _Room) -> Callable[[], None]:
+def _runner(trials: Trials, search: _SweepPlan, room: _Room) -> Callable[[], None]:
     def run() -> None:
         from shoal.tune import ray_edge
 
@@ -227,7 +225,7 @@ def _runner(trials: Trials, search: _Search, room: _Room) -> Callable[[], None]:
     return run
 
 
-def _note(search: _Search, room: _Room, trials: Trials, *, is_new: bool) -> str:
+def _note(search: _SweepPlan, room: _Room, trials: Trials, *, is_new: bool) -> str:
     asked, at_a_time = search.trials, search.concurrent
     notes = []
     if not is_new:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from shoal.errors import ClusterError, DeadlineExceeded, NotFoundError, RecipeError, ShoalError
 from shoal.recipe import Objective
 from shoal.storage import Storage
-from shoal.tune.record import SweepRecord, Trial, TrialState
+from shoal.tune.record import SweepRecord, Trial, TrialState, best_trial
 from shoal.tune.show import reporter, sweep_frame, sweep_html
 
 if TYPE_CHECKING:
@@ -180,12 +180,7 @@ def best_of(sweep: str, trials: list[Trial], objective: Objective) -> Trial:
     Raises:
         NotFoundError: none has measured the objective.
     """
-    measured = [trial for trial in trials if trial.value is not None and trial.state is not TrialState.FAILED]
-    measured = [trial for trial in measured if trial.state.is_final] or measured
-    best: Trial | None = None
-    for trial in measured:
-        if trial.value is not None and objective.is_better(trial.value, best.value if best else None):
-            best = trial
+    best = best_trial(trials, objective)
     if best is None:
         raise NotFoundError(
             f"no trial of sweep {sweep!r} has measured its objective ({objective}) yet; wait for it, "

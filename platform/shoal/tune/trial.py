@@ -17,7 +17,7 @@ from shoal.capacity import Resources
 from shoal.recipe import Objective
 from shoal.recipe import replace as replace_fields
 from shoal.tracking import RunRecord
-from shoal.train.spec import RunSpec, Source
+from shoal.train.spec import EvalListener, RunSpec, Source
 from shoal.tune.record import run_of
 
 STOP_TIMEOUT_S = 120.0
@@ -63,13 +63,11 @@ def last_report(record: RunRecord, objective: Objective) -> Report:
     return Report(step=record.step, value=last.get(objective.metric), has_ended=True)
 
 
-OnEval = Callable[[int, Mapping[str, float]], None]
-"""Called with the step and the validation metrics."""
-Train = Callable[[RunSpec, OnEval], None]
+Train = Callable[[RunSpec, EvalListener], None]
 """Trains a run to its end, calling back at every evaluation; the engine, or a test's stand-in."""
 
 
-def train_here(spec: RunSpec, on_eval: OnEval) -> None:
+def train_here(spec: RunSpec, on_eval: EvalListener) -> None:
     """Train in this process, alone."""
     from shoal.train.engine import train_worker
     from shoal.train.group import Group

@@ -56,5 +56,10 @@ class Refusal(RequestError):
         return Answer(json.dumps({"error": error}).encode(), status=self.status, headers=self.headers)
 
 
+def no_model() -> Refusal:
+    """The refusal before the first model is loaded."""
+    return Refusal(503, "no_model", "No model is loaded yet.", "Try again in a few seconds.")
+
+
 def _rebuild_refusal(status: int, code: str, message: str, hint: str, headers: tuple[Header, ...]) -> Refusal:
     return Refusal(status, code, message, hint, headers=headers)

@@ -1,0 +1,113 @@
+"""Checkpoints are written beside the training, and those that are not kept are deleted."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from shoal.errors import ShoalError, StorageError
+from shoal.recipe import Objective
+from shoal.storage import collect_orphans, discard, make_directories
+from shoal.train.checkpoints import Snapshot, write_snapshot
+from shoal.train.stamp import checkpoint_path, names_checkpoint, step_of
+
+
+def plan_discard(steps: Iterable[int], *, keep: int, best: int | None) -> list[int]:
+    """Which checkpoints to delete: all but the newest ``keep`` and the best one."""
+    ordered = sorted(steps, reverse=True)
+    return [step for step in ordered[keep:] if step != best]
+
+
+class CheckpointWriter:
+    """Writes snapshots of one run on a thread of its own, one at a time, and deletes what is not kept.
+
+    A second `submit` waits for the first: snapshots never pile up. Call `close` to wait for the last one.
+    """
+
+    def __init__(
+        self,
+        parent: Path,
+        *,
+        keep: int,
+        objective: Objective,
+        on_commit: Callable[[Snapshot, Path, int, float], None],
+        on_failure: Callable[[Snapshot, ShoalError], None],
+    ) -> None:
+        self._parent = parent
+        self._keep = keep
+        self._objective = objective
+        self._on_commit = on_commit
+        self._on_failure = on_failure
+        self._thread: threading.Thread | None = None
+        self._failure: ShoalError | None = None
+        self._best: tuple[int, float] | None = None
+        make_directories(parent)
+        collect_orphans(parent)
+
+    @property
+    def best_value(self) -> float | None:
+        """The objective at the best committed checkpoint, or None."""
+        return self._best[1] if self._best else None
+
+    def know_best(self, step: int, value: float) -> None:
+        """Tell of a best checkpoint that an earlier attempt committed."""
+        self._best = (step, value)
+
+    def submit(self, snap: Snapshot) -> None:
+        """Begin to write ``snap``; waits first for the one before it."""
+        self.join()
+        self._thread = threading.Thread(
+            target=self._write, args=(snap,), name="shoal-checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        """Wait until the last snapshot is committed.
+
+        Raises:
+            StorageError: that one could not be written.
+        """
+        self.join()
+        if self._failure is not None:
+            raise self._failure
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a snapshot is on its way to the disk."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Wait until nothing is being written, for at most ``timeout_s``; True then. Errors are left to `close`."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        return not self.is_writing
+
+    def _write(self, snap: Snapshot) -> None:
+        started = time.monotonic()
+        path = checkpoint_path(self._parent, snap.step)
+        try:
+            if path.exists():  # one that did not verify, or the same step written by an attempt that died
+                discard(path)
+            size_bytes = write_snapshot(path, snap)
+            value = snap.values.get(self._objective.metric)
+            if value is not None and self._objective.is_better(value, self.best_value):
+                self._best = (snap.step, value)
+            self._on_commit(snap, path, size_bytes, time.monotonic() - started)
+            self._failure = None
+            self._discard_old(snap.step)
+        except ShoalError as err:
+            self._failure = err
+            self._on_failure(snap, err)
+        except Exception as err:  # a thread's exception would vanish: keep it for `close`
+            self._failure = StorageError(f"writing {path} failed: {type(err).__name__}: {err}")
+            self._on_failure(snap, self._failure)
+
+    def _discard_old(self, newest: int) -> None:
+        # Steps beyond the one just committed did not verify, or the run would have gone on from them: they
+        # must not push out what does verify.
+        there = [path for path in self._parent.iterdir() if path.is_dir() and names_checkpoint(path.name)]
+        steps = [step for path in there if (step := step_of(path)) <= newest]
+        for step in plan_discard(steps, keep=self._keep, best=self._best[0] if self._best else None):
+            discard(checkpoint_path(self._parent, step))
