@@ -97,7 +97,9 @@ class _Play:
         self.record.claim_identity(self.spec.identity())
         size = self.scenario.workers
         try:
-            while self.record.state() != RunState.FINISHED:
+            while (state := self.record.state()) != RunState.FINISHED:
+                if state == RunState.FAILED:
+                    raise _Broken(f"the run failed: {self.record.events(('end',))[-1]['error']}")
                 size = self._one_group(size)
         finally:
             for worker in list(self.workers.values()):
@@ -126,7 +128,7 @@ class _Play:
                 else:
                     dead.append(worker)
             plan = self._plan()
-            if any(worker.armed == self.next_fault for worker in dead) and plan is not None:
+            if plan is not None and any(index == self.next_fault for index, _ in self.fired):
                 self.next_fault += 1
                 if plan.then is not None:
                     self._kill_all()
