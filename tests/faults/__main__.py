@@ -73,17 +73,16 @@ def scenarios(campaign: Campaign, seed: int, count: int, stride: int) -> Iterato
 
 
 def play(campaign: Campaign, everything: list[Scenario], console: Console) -> list[Verdict]:
-    """Judge one after the other, with a bar."""
+    """Judge them all, with a bar."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     verdicts = []
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(everything))
-        for scenario in everything:
-            progress.update(task, description=scenario.name)
-            verdicts.append(campaign.judge(scenario))
-            if verdicts[-1].problems:
-                progress.console.print(f"[red]{scenario}[/]: {verdicts[-1].problems[0]}", highlight=False)
-            progress.advance(task)
+        for verdict in campaign.judge_all(everything):
+            verdicts.append(verdict)
+            if verdict.problems:
+                progress.console.print(f"[red]{verdict.scenario}[/]: {verdict.problems[0]}", highlight=False)
+            progress.update(task, advance=1, description=verdict.scenario.name)
     return verdicts
 
 

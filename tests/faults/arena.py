@@ -1,8 +1,10 @@
-"""Plays scenarios with real processes: ``python -m faults.arena`` reads one JSON line each, answers with one.
+"""Plays scenarios with real processes: ``python -m faults.arena`` reads one JSON line each.
+
+It plays them all at once, and prints the folder of each that is over.
 
 In the place of the cluster: it starts workers, sees them die, puts others in their places and calls the next
 generation, as `shoal.train.ray_edge` does. Workers are forked from this process, which has imported torch and done
-nothing with it, so that one starts in milliseconds. Blocks per scenario until no worker of it is left.
+nothing with it, so that one starts in milliseconds.
 """
 
 from __future__ import annotations
@@ -260,9 +262,12 @@ def play(scenario: Scenario, folder: Path) -> None:
         this.run()
     except _Broken as error:
         problem = str(error)
+    except Exception:
+        problem = f"the arena failed: {traceback.format_exc()}"
     played: dict[str, Any] = {
         "scenario": scenario.as_dict(),
         "problem": problem,
+        "group": os.getpgrp(),
         "attempts": this.attempts,
         "fired": this.fired,
         "ends": this.ends,
@@ -271,13 +276,29 @@ def play(scenario: Scenario, folder: Path) -> None:
     (folder / "played.json").write_text(json.dumps(played))
 
 
+def stage(scenario: Scenario, folder: Path) -> None:
+    """Play it in a process of its own, whose process group is that of its workers; returns at once."""
+    if os.fork():
+        return
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        play(scenario, folder)
+        print(folder, flush=True)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(0)
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the stages
     print("ready", flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
-        play(Scenario.from_dict(asked["scenario"]), Path(asked["folder"]))
-        print("played", flush=True)
+        stage(Scenario.from_dict(asked["scenario"]), Path(asked["folder"]))
 
 
 if __name__ == "__main__":

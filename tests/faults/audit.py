@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,9 +205,11 @@ def check_left_behind(run: Path) -> list[str]:
     return found
 
 
-def check_processes(parent: int) -> list[str]:
-    """No process that ``parent`` started is left."""
-    return [
-        f"a process is left: {child.pid} {' '.join(child.cmdline())}"
-        for child in psutil.Process(parent).children(recursive=True)
-    ]
+def check_processes(group: int) -> list[str]:
+    """No process of that process group is left, but the one that leads it and may be about to end."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getpgid(process.pid) == group and process.pid != group:
+                found.append(f"a process is left: {process.pid} {' '.join(process.cmdline())}")
+    return found

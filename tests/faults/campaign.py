@@ -7,6 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +21,10 @@ from faults.plan import Scenario, Size
 TESTS = Path(__file__).resolve().parents[1]
 SHAPE = Shape(steps=12, batch_size=20, num_samples=60)
 EVAL_EVERY = 4
+AT_ONCE = 8
+"""Scenarios that are played at the same time; most of what they do is wait."""
+PATIENCE_S = 150.0
+"""More than the arena's own deadline for a scenario."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,8 @@ class Campaign:
         self._folder = folder
         self._undisturbed: dict[str, Left] = {}
         self._number = 0
+        self._over: dict[str, threading.Event] = {}
+        self._asking, self._comparing = threading.Lock(), threading.Lock()
 
     def __enter__(self) -> Self:
         path = os.pathsep.join([str(TESTS.parent / "platform"), str(TESTS)])
@@ -51,14 +60,16 @@ class Campaign:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self._expect("ready")
+        answer = self._stdout.readline().strip()
+        assert answer == "ready", f"the arena said {answer!r}; its own errors are above"
+        threading.Thread(target=self._listen, name="arena", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._arena.kill()  # its workers die with it
-        self._arena.communicate()
+        self._arena.wait()
 
     def size(self, workers: int, shards: int | None) -> Size:
         """How large the undisturbed run is, as `plan` wants to know it."""
@@ -70,20 +81,27 @@ class Campaign:
 
     def undisturbed(self, scenario: Scenario) -> Left:
         """The run that ``scenario`` is compared with; an exact one was trained by one worker."""
-        if scenario.kind not in self._undisturbed:
-            workers = scenario.workers if scenario.shards is None else 1
-            left = self.play(Scenario(f"undisturbed-{scenario.kind}", workers, scenario.shards))
-            wrong = problems(left, left, SHAPE)
-            assert not wrong, f"without any fault, in {left.folder}: {wrong}"
-            self._undisturbed[scenario.kind] = left
-        return self._undisturbed[scenario.kind]
+        with self._comparing:
+            if scenario.kind not in self._undisturbed:
+                workers = scenario.workers if scenario.shards is None else 1
+                left = self.play(Scenario(f"undisturbed-{scenario.kind}", workers, scenario.shards))
+                wrong = problems(left, left, SHAPE)
+                assert not wrong, f"without any fault, in {left.folder}: {wrong}"
+                self._undisturbed[scenario.kind] = left
+            return self._undisturbed[scenario.kind]
+
+    def judge_all(self, scenarios: Iterable[Scenario]) -> Iterator[Verdict]:
+        """The verdict on each, as they are over; `AT_ONCE` are played at the same time."""
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for done in as_completed([pool.submit(self.judge, scenario) for scenario in scenarios]):
+                yield done.result()
 
     def judge(self, scenario: Scenario) -> Verdict:
-        """Play it and say what is wrong. Blocks for a second or two, for `arena.DEADLINE_S` at most."""
+        """Play it and say what is wrong. Blocks for some seconds, for `PATIENCE_S` at most."""
         undisturbed = self.undisturbed(scenario)
         left = self.play(scenario)
         played = left.played()
-        wrong = problems(left, undisturbed, SHAPE) + check_processes(self._arena.pid)
+        wrong = problems(left, undisturbed, SHAPE) + check_processes(played["group"])
         verdict = Verdict(
             scenario,
             [f"{problem} (in {left.folder})" for problem in wrong],
@@ -97,16 +115,28 @@ class Campaign:
 
     def play(self, scenario: Scenario) -> Left:
         """Let the arena play it; what it left."""
-        self._number += 1
-        folder = self._folder / f"{self._number:04}-{scenario.kind}-{scenario.workers}-{scenario.name}"
-        asked = {"scenario": scenario.as_dict(), "folder": str(folder)}
-        stdin: IO[str] = self._arena.stdin  # type: ignore[assignment]
-        stdin.write(json.dumps(asked) + "\n")
-        stdin.flush()
-        self._expect("played")
+        over = threading.Event()
+        with self._asking:
+            self._number += 1
+            folder = self._folder / f"{self._number:04}-{scenario.kind}-{scenario.workers}-{scenario.name}"
+            self._over[str(folder)] = over
+            self._stdin.write(json.dumps({"scenario": scenario.as_dict(), "folder": str(folder)}) + "\n")
+            self._stdin.flush()
+        assert over.wait(PATIENCE_S), (
+            f"the arena has not ended {scenario} after {PATIENCE_S:g} s, see {folder}"
+        )
         return Left(folder)
 
-    def _expect(self, word: str) -> None:
-        stdout: IO[str] = self._arena.stdout  # type: ignore[assignment]
-        answer = stdout.readline().strip()
-        assert answer == word, f"the arena said {answer!r} instead of {word!r}; its own errors are above"
+    @property
+    def _stdin(self) -> IO[str]:
+        assert self._arena.stdin is not None
+        return self._arena.stdin
+
+    @property
+    def _stdout(self) -> IO[str]:
+        assert self._arena.stdout is not None
+        return self._arena.stdout
+
+    def _listen(self) -> None:
+        for line in self._stdout:
+            self._over[line.strip()].set()

@@ -30,32 +30,36 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Campaign]:
         yield campaign
 
 
-def proven(campaign: Campaign, scenario: Scenario) -> Verdict:
-    verdict = campaign.judge(scenario)
-    assert not verdict.problems, f"SHOAL_FAULTS_SEED={SEED}: {scenario}: {verdict.problems}"
-    return verdict
+def prove(campaign: Campaign, scenarios: list[Scenario]) -> list[Verdict]:
+    verdicts = list(campaign.judge_all(scenarios))
+    wrong = [f"{verdict.scenario}: {verdict.problems}" for verdict in verdicts if verdict.problems]
+    assert not wrong, f"SHOAL_FAULTS_SEED={SEED}:\n" + "\n".join(wrong)
+    return verdicts
 
 
 @pytest.mark.parametrize(("workers", "shards"), [(3, SHARDS), (2, None), (3, None)])
 def test_a_worker_dies_anywhere(campaign: Campaign, workers: int, shards: int | None) -> None:
     scheduler = Scheduler(SEED, campaign.size(workers, shards), SHARDS)
-    for point in get_args(Point):
-        scenario = scheduler.one_death(workers=workers, exact=shards is not None, point=point)
-        verdict = proven(campaign, scenario)
-        assert verdict.deaths == 1 or point == "bytes", f"{scenario} killed nobody"
+    exact = shards is not None
+    drawn = [scheduler.one_death(workers=workers, exact=exact, point=point) for point in get_args(Point)]
+    for verdict in prove(campaign, drawn):
+        may_miss = verdict.scenario.attempts[0].faults[0].point == "bytes"  # its file may stay smaller
+        assert verdict.deaths == 1 or may_miss, f"SHOAL_FAULTS_SEED={SEED}: {verdict.scenario} killed nobody"
 
 
 @pytest.mark.parametrize("shards", [SHARDS, None])
 def test_who_commits_for_the_dead_dies_too(campaign: Campaign, shards: int | None) -> None:
     scheduler = Scheduler(SEED, campaign.size(3, shards), SHARDS)
-    for _ in range(2):
-        proven(campaign, scheduler.rescuer_dies(workers=3, exact=shards is not None))
+    verdicts = prove(
+        campaign, [scheduler.rescuer_dies(workers=3, exact=shards is not None) for _ in range(3)]
+    )
+    assert all(verdict.deaths for verdict in verdicts)
 
 
 def test_the_kernel_kills_at_a_byte_of_a_checkpoint(campaign: Campaign) -> None:
     offsets = list(every_byte(campaign.size(3, SHARDS), workers=3, shards=SHARDS, stride=64))
-    start = SEED % (len(offsets) // 8)
-    verdicts = [proven(campaign, scenario) for scenario in offsets[start :: len(offsets) // 8]]
+    stride = len(offsets) // 8
+    verdicts = prove(campaign, offsets[SEED % stride :: stride])
     assert sum(verdict.deaths for verdict in verdicts) >= len(verdicts) // 2
 
 
@@ -84,5 +88,5 @@ def test_an_exact_run_dies_and_goes_on_with_any_number_of_workers(
         Attempt((Fault(data.draw(st.integers(0, size - 1), label="rank"), "forward", step),), then)
         for step, size, then in deaths
     )
-    verdict = proven(campaign, Scenario("resized", sizes[0], SHARDS, attempts))
+    (verdict,) = prove(campaign, [Scenario("resized", sizes[0], SHARDS, attempts)])
     assert verdict.deaths == count
