@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast check format bench clean
+.PHONY: help venv demo test test-fast chaos check format bench clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,9 @@ test: $(STAMP)  ## The whole suite
 
 test-fast: $(STAMP)  ## Without a cluster and without slow tests
 	$(BIN)/python -m pytest -m 'not slow and not cluster' -q
+
+chaos: $(STAMP)  ## Proof by fault: every worker killed at every step, write and offset (half an hour; SEED=n repeats)
+	PYTHONPATH=tests $(BIN)/python -m faults $(if $(SEED),--seed $(SEED))
 
 check: $(STAMP)  ## Formatter, linter, type checker, import direction
 	$(BIN)/ruff format --check .

@@ -208,6 +208,36 @@ def test_the_newest_that_verifies_is_used_and_the_others_are_named(tmp_path: Pat
     assert len(list(tmp_path.iterdir())) == 6  # nothing was deleted
 
 
+def test_the_one_before_is_used_whatever_byte_of_the_newest_is_changed_or_cut(tmp_path: Path) -> None:
+    before, newest = tmp_path / "step-0000000001", tmp_path / "step-0000000002"
+    for directory in (before, newest):
+        commit_content(directory)
+    rejected: list[Path] = []
+
+    def found() -> Path:
+        verified = newest_verified(tmp_path, on_rejected=lambda path, _: rejected.append(path))
+        assert verified is not None
+        return verified[0]
+
+    assert found() == newest
+    num_damages = 0
+    for name in FILES:
+        content = (newest / name).read_bytes()
+        file = os.open(newest / name, os.O_RDWR)
+        for position, byte in enumerate(content):
+            os.pwrite(file, bytes([byte ^ 1]), position)
+            assert found() == before
+            os.pwrite(file, bytes([byte]), position)
+        for length in range(len(content)):
+            os.truncate(file, length)
+            assert found() == before
+            os.pwrite(file, content, 0)
+        os.close(file)
+        num_damages += 2 * len(content)
+    assert rejected == [newest] * num_damages
+    assert found() == newest
+
+
 def test_no_checkpoint_at_all(tmp_path: Path) -> None:
     assert newest_verified(tmp_path / "nothing", on_rejected=lambda path, reason: pytest.fail(reason)) is None
     assert newest_verified(tmp_path, on_rejected=lambda path, reason: pytest.fail(reason)) is None

@@ -95,6 +95,38 @@ def test_a_peer_lost_between_an_evaluation_and_its_checkpoint_costs_no_best_mode
     assert step_of(Run(record).best_checkpoint()) == 20
 
 
+@pytest.mark.parametrize("step", [20, 60])
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_a_peer_lost_in_an_evaluation_costs_no_evaluation(
+    step: int, is_recorded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether its line was written or not: what survivors committed knows nothing of the values."""
+    evaluate = boundary.RunBoundary._evaluate
+
+    def lose(self: boundary.RunBoundary, session: shoal.Session) -> dict[str, float]:
+        if session.steps_done < step or is_recorded:
+            values = evaluate(self, session)
+        if session.steps_done == step:
+            raise PeerLost("gone")
+        return values
+
+    undisturbed = train(spec_of(tmp_path, Declining(), name="undisturbed"))
+    spec = spec_of(tmp_path, Declining())  # its best is at the first look, step 20
+    RunRecord(spec.storage, spec.name).claim_identity(spec.identity())
+    with monkeypatch.context() as patch:
+        patch.setattr(boundary.RunBoundary, "_evaluate", lose)
+        with pytest.raises(PeerLost):
+            train(spec)
+    told: list[int] = []
+    record = train(spec, on_eval=lambda step, values: told.append(step))
+    assert told == [at for at in (20, 40, 60) if at >= step]
+    found, expected = ({e["step"]: e["values"] for e in r.events(("eval",))} for r in (record, undisturbed))
+    assert found == expected
+    assert step_of(Run(record).best_checkpoint()) == 20
+    kept, expected_kept = ({p.name for p in r.checkpoints_dir.iterdir()} for r in (record, undisturbed))
+    assert kept == expected_kept
+
+
 def test_a_run_is_private_also_in_a_storage_folder_that_is_not(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     before = os.umask(0o022)

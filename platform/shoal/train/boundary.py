@@ -12,7 +12,7 @@ from shoal.train.checkpoints import Snapshot, take_snapshot, write_snapshot
 from shoal.train.group import Group
 from shoal.train.pulse import heart
 from shoal.train.reduce import Wishes
-from shoal.train.resume import Beginning, facts
+from shoal.train.resume import Beginning, facts, record_checkpoint
 from shoal.train.session import Session
 from shoal.train.spec import EvalListener, RunSpec, digest_of
 from shoal.train.stamp import checkpoint_path
@@ -58,6 +58,20 @@ class RunBoundary:
             if self._writer is not None:
                 self._writer.know_best(step, self._best)
 
+    def catch_up(self, session: Session, beginning: Beginning) -> None:
+        """Measure what is due at the step that the run goes on from: who was lost meanwhile may have prevented it."""
+        path = beginning.unmeasured
+        if path is None or not self._is_look_due(session):
+            return
+        values = self._evaluate(session)
+        is_best = self._is_new_best(values)
+        if self._writer is not None:
+            record_checkpoint(self._record, path, values)
+            if is_best:
+                self._writer.know_best(session.steps_done, values[self._objective.metric])
+        if self._group.is_first and self._on_eval is not None:
+            self._on_eval(session.steps_done, values)
+
     def wishes(self) -> Wishes:
         if self._group.is_first and not self._stop and self._cadence.is_look_due():
             self._cadence.looked()
@@ -76,7 +90,7 @@ class RunBoundary:
         is_end = is_last or wishes.stop
         self._write_metrics(session, force=is_end or wishes.resize)
         values: dict[str, float] = {}
-        if is_last or session.steps_done % self._spec.recipe.eval_every == 0:
+        if self._is_look_due(session):
             values = self._evaluate(session)
             self._evaluated = session.steps_done, values
         is_best = self._is_new_best(values)
@@ -135,6 +149,10 @@ class RunBoundary:
         """Wait for a checkpoint that is being written: the lock must outlive it."""
         if self._writer is not None:
             self._writer.join()
+
+    def _is_look_due(self, session: Session) -> bool:
+        step = session.steps_done
+        return step >= self._spec.target_steps or step % self._spec.recipe.eval_every == 0
 
     def _evaluate(self, session: Session) -> dict[str, float]:
         values = session.evaluate(session.data.val)

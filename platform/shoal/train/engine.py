@@ -83,6 +83,7 @@ def _train(spec: RunSpec, group: Group, record: RunRecord, on_eval: EvalListener
             revision=spec.revision,
         )
     try:
+        boundary.catch_up(session, beginning)
         spec.recipe.train(session)
         boundary.finish(session)
     except PeerLost:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,8 @@ class Beginning:
     """Where the weights came from."""
     saved_step: int | None = None
     """The step of the checkpoint that was loaded; None when there was none."""
+    unmeasured: Path | None = None
+    """That checkpoint, if it knows of no validation values at its step, or the record does not."""
     best: tuple[int, float] | None
     """Step and objective of the best checkpoint that is there; None when none was measured."""
 
@@ -45,6 +48,7 @@ def restore(session: Session, spec: RunSpec, record: RunRecord) -> Beginning:
     """
     group = session.group
     path: Path | None = None
+    is_measured = False
     best: tuple[int, float] | None = None
     if group.is_first:
 
@@ -54,14 +58,20 @@ def restore(session: Session, spec: RunSpec, record: RunRecord) -> Beginning:
         path = find_checkpoint(record.checkpoints_dir, record.identity(), rejected)
         if path is not None and not (spec.source is not None and spec.source.step == step_of(path)):
             _record_if_missing(record, path)
+            is_measured = _is_measured(record, path)
         best = _best_recorded(spec, record)
-    path, best = group.share((path, best))
+    path, is_measured, best = group.share((path, is_measured, best))
     if path is not None:
         loaded = read_checkpoint(path)
         # Its own checkpoints come later; until there is one, every attempt begins from the source's.
         is_adopted = spec.source is not None and spec.source.step == loaded.step
         _load(session, under_new_fields(loaded, session, spec) if is_adopted else loaded, spec, record)
-        return Beginning(source="adopted" if is_adopted else "checkpoint", saved_step=loaded.step, best=best)
+        return Beginning(
+            source="adopted" if is_adopted else "checkpoint",
+            saved_step=loaded.step,
+            unmeasured=None if is_adopted or is_measured else path,
+            best=best,
+        )
     if spec.source is not None:
         raise RecipeError(
             f"the copy of step {spec.source.step} of run {spec.source.run!r}, from which this run "
@@ -126,18 +136,30 @@ def _best_recorded(spec: RunSpec, record: RunRecord) -> tuple[int, float] | None
     return None if best is None else (int(best["step"]), float(best["values"][objective.metric]))
 
 
+def _is_measured(record: RunRecord, checkpoint: Path) -> bool:
+    """Whether both the checkpoint and the record know what was measured at its step."""
+    step = step_of(checkpoint)
+    recorded = (event for event in record.iter_events(("eval",)) if event["split"] == "val")
+    return bool(measured_at(checkpoint)) and any(event["step"] == step for event in recorded)
+
+
 def _record_if_missing(record: RunRecord, checkpoint: Path) -> None:
     """The line of a checkpoint that was committed by a process that died before it could write it."""
     path = str(checkpoint.relative_to(record.dir))
     if all(event["path"] != path for event in record.checkpoints()):
-        record.append(
-            "checkpoint",
-            step=step_of(checkpoint),
-            path=path,
-            size_bytes=sum(file.stat().st_size for file in checkpoint.iterdir()),
-            seconds=0.0,
-            values=measured_at(checkpoint),
-        )
+        record_checkpoint(record, checkpoint, measured_at(checkpoint))
+
+
+def record_checkpoint(record: RunRecord, checkpoint: Path, values: Mapping[str, float]) -> None:
+    """Write the line of a checkpoint that is there already; ``values`` were measured at its step."""
+    record.append(
+        "checkpoint",
+        step=step_of(checkpoint),
+        path=str(checkpoint.relative_to(record.dir)),
+        size_bytes=sum(file.stat().st_size for file in checkpoint.iterdir()),
+        seconds=0.0,
+        values=dict(values),
+    )
 
 
 def _load(session: Session, loaded: Loaded, spec: RunSpec, record: RunRecord) -> None:
