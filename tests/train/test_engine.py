@@ -21,7 +21,7 @@ from shoal.errors import CorruptError, PeerLost, RecipeError, StorageError
 from shoal.recipe import maximize
 from shoal.storage import MANIFEST, Storage, commit, verify
 from shoal.tracking import RunRecord, RunState
-from shoal.train import boundary, cadence, checkpoints
+from shoal.train import boundary, cadence, checkpoint_writer, checkpoints
 from shoal.train.driver import prepare
 from shoal.train.engine import train_worker
 from shoal.train.export import write_run_package
@@ -248,7 +248,7 @@ def test_what_cannot_be_committed_is_not_left_and_tried_again_with_the_next_chec
             raise StorageError(f"cannot commit {directory}: No space left on device")
         return write(directory, snap)
 
-    monkeypatch.setattr(checkpoints, "write_snapshot", write_or_fail)
+    monkeypatch.setattr(checkpoint_writer, "write_snapshot", write_or_fail)
     record = train(spec_of(tmp_path, resized, checkpoint_every_s=checkpoint_every_s))
     assert [event["step"] for event in record.events(("resize",))] == leaves_at
     assert "No space left" in record.events(("warning",))[0]["message"]
@@ -361,7 +361,7 @@ def test_a_full_disk_keeps_training_and_fails_only_where_the_last_checkpoint_can
             )
         return write(directory, snap)
 
-    monkeypatch.setattr(checkpoints, "write_snapshot", write_or_fail)
+    monkeypatch.setattr(checkpoint_writer, "write_snapshot", write_or_fail)
     record = train(spec_of(tmp_path))
     assert record.state() == RunState.FINISHED
     assert "No space left" in record.events(("warning",))[0]["message"]
@@ -561,7 +561,7 @@ def test_peers_hear_from_the_first_while_its_disk_is_slow(
         return write(directory, snap)
 
     write = checkpoints.write_snapshot
-    monkeypatch.setattr(checkpoints, "write_snapshot", slowly)
+    monkeypatch.setattr(checkpoint_writer, "write_snapshot", slowly)
     monkeypatch.setattr(boundary, "WRITE_SLICE_S", 0.01)
     spec = spec_of(tmp_path, Toy(eval_every=60))
     train_worker(spec, Telling(0, 1, torch.device("cpu")))
