@@ -22,8 +22,11 @@ from shoal.storage import read_json, write_json
 _NAME = "imports.json"
 _MAX_NAMES = 10_000
 _LIBRARIES = tuple(
-    str(Path(sysconfig.get_path(kind)).resolve()) + os.sep for kind in ("stdlib", "purelib", "platlib")
+    f"{folder}{os.sep}"
+    for kind in ("stdlib", "purelib", "platlib")
+    for folder in (sysconfig.get_path(kind), Path(sysconfig.get_path(kind)).resolve())
 )
+"""As they are named and where they are: a virtual environment may be a link."""
 
 logger = logging.getLogger(__name__)
 
