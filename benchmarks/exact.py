@@ -21,7 +21,7 @@ from benchmarks.cluster import own_cluster
 from benchmarks.quiet import wait_until_idle
 from benchmarks.ratios import paired_ratio
 from benchmarks.recipes import CASES
-from benchmarks.slices import Side, alternate, rates_by_round, stopped, wait_for_ticks
+from benchmarks.slices import Side, Slot, alternate, rates_by_round, stopped, wait_for_ticks
 from shoal.train.tree import nodes_of, share_of
 
 CASE = "transformer 10M"
@@ -78,7 +78,7 @@ def one_round(cluster: shoal.Cluster) -> list[tuple[float, float]]:
     ):
         with stopped(exact):
             fast = stack.enter_context(workers_of(cluster, Path(name)))
-        pairs = alternate(exact, fast, slice_s=SLICE_S, pairs=PAIRS)
+        pairs = alternate([Slot(exact, [fast]), Slot(fast, [exact])], slice_s=SLICE_S, cycles=PAIRS)
     return [(exact_rate / PASSES, fast_rate) for exact_rate, fast_rate in pairs]
 
 

@@ -1,4 +1,4 @@
-"""Two trainings in alternating slices of time: while one runs, every process of the other is stopped.
+"""Trainings in alternating slices of time: while one runs, every process of the others is stopped.
 
 How fast a shared machine is changes by a third within a minute, and alike for both. Slices of seconds see the
 same machine; runs that follow each other do not.
@@ -62,24 +62,32 @@ def wait_for_ticks(side: Side, count: int) -> None:
         time.sleep(0.05)
 
 
-def alternate(ours: Side, theirs: Side, *, slice_s: float, pairs: int) -> list[tuple[float, float]]:
-    """Ticks per second of both, pair by pair of slices, each first in every second pair. Both must be ticking."""
+@dataclass(frozen=True)
+class Slot:
+    """What is measured in a slice: ``side``, while all processes of the others are stopped."""
+
+    side: Side
+    stopped: Sequence[Side]
+
+
+def alternate(slots: Sequence[Slot], *, slice_s: float, cycles: int) -> list[tuple[float, ...]]:
+    """Ticks per second of each slot, cycle by cycle, every second one in the opposite order. All must be ticking."""
     rates = []
-    for pair in range(pairs):
-        first, second = (ours, theirs) if pair % 2 else (theirs, ours)
-        rate = {
-            id(side): _rate_alone(side, other, slice_s) for side, other in ((first, second), (second, first))
-        }
-        rates.append((rate[id(ours)], rate[id(theirs)]))
+    for cycle in range(cycles):
+        order = list(enumerate(slots))
+        rate = {index: _rate(slot, slice_s) for index, slot in (order if cycle % 2 else order[::-1])}
+        rates.append(tuple(rate[index] for index in range(len(slots))))
     return rates
 
 
-def _rate_alone(side: Side, other: Side, slice_s: float) -> float:
-    with stopped(other):
+def _rate(slot: Slot, slice_s: float) -> float:
+    with contextlib.ExitStack() as stack:
+        for other in slot.stopped:
+            stack.enter_context(stopped(other))
         time.sleep(SETTLE_S)
-        begin = _next_tick(side)
+        begin = _next_tick(slot.side)
         time.sleep(slice_s)
-        end = _next_tick(side)
+        end = _next_tick(slot.side)
     return (end.count - begin.count) / (end.at - begin.at)
 
 
@@ -89,9 +97,9 @@ def _next_tick(side: Side) -> Tick:
     return read(side.ticks)
 
 
-def rates_by_round(rounds: Sequence[Sequence[tuple[float, float]]]) -> tuple[list[float], list[float]]:
-    """One rate per round for each side: the geometric mean of that round's slices."""
-    return (
-        [geometric_mean(ours for ours, _ in pairs) for pairs in rounds],
-        [geometric_mean(theirs for _, theirs in pairs) for pairs in rounds],
-    )
+def rates_by_round(rounds: Sequence[Sequence[tuple[float, ...]]]) -> list[list[float]]:
+    """One rate per round for each slot: the geometric mean of that round's slices."""
+    return [
+        [geometric_mean(cycle[index] for cycle in cycles) for cycles in rounds]
+        for index in range(len(rounds[0][0]))
+    ]
