@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -91,3 +92,12 @@ def lose_peers(config: dict[str, Any]) -> None:
     """Every worker says that it lost the others."""
     note(config, lost=True)
     raise PeerLost("gone")
+
+
+def die_late(config: dict[str, Any]) -> None:
+    """Rank 1 dies, the first time, when rank 0 has returned."""
+    note(config, came=True)
+    if os.environ["RANK"] == "1" and len(Path(config["notes"], "rank-1.jsonl").read_text().splitlines()) == 1:
+        while not (Path(config["notes"]) / "die").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)

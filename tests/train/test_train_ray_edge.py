@@ -462,6 +462,17 @@ class TestOnACluster:
             workers("lose_peers", max_failures=1).run()
         assert [len(notes(tmp_path, rank)) for rank in range(2)] == [2, 2]
 
+    def test_a_death_after_another_has_returned_starts_all_again(
+        self, workers: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        group = workers("die_late")
+        thread = InThread(group)
+        wait_until(lambda: notes(tmp_path, 0) and notes(tmp_path, 1), "both are there")
+        (tmp_path / "die").touch()
+        thread.join(DEADLINE_S)
+        assert (thread.is_alive(), thread.error) == (False, None)
+        assert [len(notes(tmp_path, rank)) for rank in range(2)] == [2, 2]
+
     def test_a_killed_controller_is_replaced(self, workers: Callable[..., Any], tmp_path: Path) -> None:
         import ray
 

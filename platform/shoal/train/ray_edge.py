@@ -105,6 +105,8 @@ class _Group(WorkerGroup):  # type: ignore[misc]  # Ray has no types
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._rendezvous = Rendezvous(ray.util.get_node_ip_address())
         self._places: list[Place] = []
+        self._is_over = False
+        """Whether a worker has returned: its run has ended, or goes on with another number."""
         super().__init__(*args, **kwargs)
 
     @staticmethod
@@ -133,10 +135,10 @@ class _Group(WorkerGroup):  # type: ignore[misc]  # Ray has no types
         self._rendezvous.call()
 
     @property
-    def has_all_its_room(self) -> bool:
-        """Whether every worker's bundle of the placement group is where it was: no node of it is gone."""
+    def can_replace(self) -> bool:
+        """Whether a dead worker can be replaced: nobody has returned, and no bundle of the room is lost with a node."""
         group = self.get_worker_group_state().placement_group_handle.placement_group
-        return bool(placement_group_table(group)["state"] == "CREATED")
+        return not self._is_over and placement_group_table(group)["state"] == "CREATED"
 
     def _replace_replica_group_impl(self, replica_group_index: int) -> None:
         """Put a new worker in the place of a dead one.
@@ -170,6 +172,9 @@ class _Group(WorkerGroup):  # type: ignore[misc]  # Ray has no types
 
     def poll_status(self, timeout: float | None = None) -> WorkerGroupPollStatus:
         status = super().poll_status(timeout)
+        if any(not each.running and each.error is None for each in status.worker_statuses.values()):
+            self._is_over = True
+            self._rendezvous.close()  # who has returned takes no seat again: nobody must wait for it
         self.watch.act(self.get_workers())
         return status
 
@@ -254,7 +259,7 @@ class _Controller(TrainController):  # type: ignore[misc]
         self._owe_warm(num_workers, _PAY_BACK_EVERY_S)
 
     def _replace_bad_workers(self, poll_status: Any) -> None:
-        if not self._worker_group.has_all_its_room:  # a node is gone: what is left is granted anew
+        if not self._worker_group.can_replace:
             self._shutdown_worker_group()
             self._start_worker_group(
                 self._scaling_policy.scaling_config.num_workers,
