@@ -136,7 +136,7 @@ class _Group(WorkerGroup):  # type: ignore[misc]  # Ray has no types
 
     @property
     def can_replace(self) -> bool:
-        """Whether a dead worker can be replaced: nobody has returned, and no bundle of the room is lost with a node."""
+        """Whether a dead worker can be replaced: nobody has returned, and no part of the room is lost with a node."""
         group = self.get_worker_group_state().placement_group_handle.placement_group
         return not self._is_over and placement_group_table(group)["state"] == "CREATED"
 
