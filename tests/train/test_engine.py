@@ -127,6 +127,19 @@ def test_a_peer_lost_in_an_evaluation_costs_no_evaluation(
     assert kept == expected_kept
 
 
+class LosesAtOnce(Group):
+    """A peer is lost before anything is shared."""
+
+    def share(self, value: Any) -> Any:
+        raise PeerLost("gone")
+
+
+def test_a_survivor_that_held_the_lock_does_not_lock_itself_out(tmp_path: Path) -> None:
+    with pytest.raises(PeerLost):
+        train_worker(spec_of(tmp_path), LosesAtOnce(0, 1, torch.device("cpu")))
+    assert train(spec_of(tmp_path, target_steps=2)).state() == RunState.FINISHED
+
+
 def test_a_run_is_private_also_in_a_storage_folder_that_is_not(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     before = os.umask(0o022)

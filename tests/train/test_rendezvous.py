@@ -23,6 +23,7 @@ def meeting() -> Rendezvous:
 def attend(meeting: Rendezvous, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Attendance]:
     """A worker by its rank of two; joining a group of torch's is left out: one process has only one."""
     monkeypatch.setattr(rendezvous_module.dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(rendezvous_module.dist.distributed_c10d, "_set_pg_timeout", lambda *_: None)
     monkeypatch.setattr(rendezvous_module, "GATHER_TIMEOUT_S", 20.0)
     return lambda rank: Attendance(meeting.seat(TWO[rank], backend="gloo", timeout_s=20.0))
 
@@ -104,6 +105,24 @@ def test_who_waits_for_one_that_died_before_it_came_goes_on_to_the_next_call(
     waiting = Joining(attend(0))
     meeting.call()
     assert waiting.is_waiting()
+    replacement = Joining(attend(1))
+    meeting.call()
+    assert outcomes(waiting, replacement) == ["", ""]
+
+
+def test_who_cannot_form_the_group_as_one_died_with_its_seat_waits_for_the_next_call(
+    meeting: Rendezvous, attend: Callable[[int], Attendance], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def time_out(*_: object, **__: object) -> None:
+        raise RuntimeError("timed out")
+
+    survivor, dead = attend(0), attend(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(rendezvous_module.dist, "init_process_group", time_out)
+        meeting.call()
+        dead._store.set("here/1/1", "")
+        waiting = Joining(survivor)
+        assert waiting.is_waiting()
     replacement = Joining(attend(1))
     meeting.call()
     assert outcomes(waiting, replacement) == ["", ""]

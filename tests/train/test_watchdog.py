@@ -140,6 +140,11 @@ def test_set_up_is_over_for_one_that_was_last_heard_in_it_when_it_is_over_for_a_
     assert stall.phase == "step"
 
 
+def test_peers_that_wait_for_a_replacement_do_not_hurry_its_set_up(play: Play) -> None:
+    play.dog.begin_group([1])
+    assert play.run({0: pulse("done"), 1: None}, for_s=50) is None
+
+
 def test_of_two_that_stopped_the_second_is_found_right_after_the_first_was_replaced(play: Play) -> None:
     assert play.run({rank: pulse() for rank in range(3)}, for_s=2) is None
     silent = {0: pulse(waits=True), 1: None, 2: None}

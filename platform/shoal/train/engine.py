@@ -108,7 +108,11 @@ class _HeldRun:
                 self._lock.acquire(timeout_s=LOCK_TIMEOUT_S)
             except DeadlineExceeded as err:
                 problem = being_trained(self._record.name, by=str(err))
-        problem = self._group.share(problem)
+        try:
+            problem = self._group.share(problem)
+        except BaseException:  # a peer is lost already; this process goes on, and must not lock itself out
+            self._lock.release()
+            raise
         if problem is not None:
             raise problem
 

@@ -17,6 +17,7 @@ import asyncio
 import functools
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -65,6 +66,9 @@ so a short run never pays, and a long one once. A new cluster has one to spare f
 _REFILL_AFTER_S = 2.0
 """How long after a death its warm process is replaced: when training goes on, and before the next death."""
 
+_REPLACE_S = 60.0
+"""How long starting replacements may take before the controller gives up, and its driver starts all anew."""
+
 _RESCUE_S = 30.0
 """How long the survivors of a lost worker may take to commit the step boundary that they hold."""
 
@@ -105,8 +109,6 @@ class _Group(WorkerGroup):  # type: ignore[misc]  # Ray has no types
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._rendezvous = Rendezvous(ray.util.get_node_ip_address())
         self._places: list[Place] = []
-        self._is_over = False
-        """Whether a worker has returned: its run has ended, or goes on with another number."""
         super().__init__(*args, **kwargs)
 
     @staticmethod
@@ -135,10 +137,10 @@ class _Group(WorkerGroup):  # type: ignore[misc]  # Ray has no types
         self._rendezvous.call()
 
     @property
-    def can_replace(self) -> bool:
-        """Whether a dead worker can be replaced: nobody has returned, and no part of the room is lost with a node."""
+    def has_all_its_room(self) -> bool:
+        """Whether every worker's bundle of the placement group is where it was: no node of it is gone."""
         group = self.get_worker_group_state().placement_group_handle.placement_group
-        return not self._is_over and placement_group_table(group)["state"] == "CREATED"
+        return bool(placement_group_table(group)["state"] == "CREATED")
 
     def _replace_replica_group_impl(self, replica_group_index: int) -> None:
         """Put a new worker in the place of a dead one.
@@ -166,17 +168,27 @@ class _Group(WorkerGroup):  # type: ignore[misc]  # Ray has no types
         self._replica_groups[replica_group_index] = replacement
         try:
             self._init_train_context([worker], state.sync_actor)
+            replacement.start_training(context)
         except RayActorError as error:
             raise WorkerGroupStartupFailedError("a replacement died while it started") from error
-        replacement.start_training(context)
 
     def poll_status(self, timeout: float | None = None) -> WorkerGroupPollStatus:
         status = super().poll_status(timeout)
         if any(not each.running and each.error is None for each in status.worker_statuses.values()):
-            self._is_over = True
-            self._rendezvous.close()  # who has returned takes no seat again: nobody must wait for it
+            self._end_with_those_that_returned(status)
         self.watch.act(self.get_workers())
         return status
+
+    def _end_with_those_that_returned(self, status: WorkerGroupPollStatus) -> None:
+        """Nobody comes back to a group that has ended: who is lost now is not missed, and nobody waits for another.
+
+        A worker returns when the run's record says how it ended, or that it goes on with another number.
+        """
+        self._rendezvous.close()
+        for each in status.worker_statuses.values():
+            error = getattr(each.error, "_base_exc", each.error)
+            if isinstance(error, PeerLost | WorkerHealthCheckFailedError | WorkerHealthCheckTimeoutError):
+                each.error, each.running = None, False
 
     def _poll_workers_and_collect_errors(self, timeout: float | None) -> list[WorkerStatus]:
         statuses: list[WorkerStatus] = super()._poll_workers_and_collect_errors(timeout)
@@ -259,14 +271,21 @@ class _Controller(TrainController):  # type: ignore[misc]
         self._owe_warm(num_workers, _PAY_BACK_EVERY_S)
 
     def _replace_bad_workers(self, poll_status: Any) -> None:
-        if not self._worker_group.can_replace:
+        if not self._worker_group.has_all_its_room:  # what is left is granted anew
             self._shutdown_worker_group()
             self._start_worker_group(
                 self._scaling_policy.scaling_config.num_workers,
                 self._scaling_policy.scaling_config._resources_per_worker_not_none,
             )
             return
-        super()._replace_bad_workers(poll_status)
+        # Where a node has just died, Ray waits for a process on it, and we with it: then all is made anew.
+        deadline = threading.Timer(_REPLACE_S, os._exit, [1])
+        deadline.daemon = True
+        deadline.start()
+        try:
+            super()._replace_bad_workers(poll_status)
+        finally:
+            deadline.cancel()
         self._meet(poll_status.failing_replica_group_indices)
         self._owe_warm(len(poll_status.failing_replica_group_indices), _REFILL_AFTER_S)
 
@@ -313,11 +332,6 @@ class _RestartOnDeath(FailurePolicy):  # type: ignore[misc]
         self.retries = Retries(failure_config.max_failures)
         self.pause_s = 0.0
         """What the controller waits before it acts on the decision."""
-
-    @property
-    def has_restart(self) -> bool:
-        """Whether one more failure would be retried."""
-        return bool(self.num_failures < self.failure_config.max_failures)
 
     def make_decision(self, training_failed_error: Exception) -> FailureDecision:
         if not is_worth_a_restart(training_failed_error):

@@ -19,6 +19,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
 
 from shoal.errors import PeerLost
@@ -27,9 +28,12 @@ _GENERATION = "generation"
 _CLOSED = -1
 _POLL_S = 0.01
 
-GATHER_TIMEOUT_S = 600.0
-"""How long a worker waits for the next generation to be called and all its seats to be taken: a survivor may be
-writing the checkpoint that the others will start from."""
+GATHER_TIMEOUT_S = 4 * 3600.0
+"""How long a worker waits for the next generation to be called and all its seats to be taken. Peers may still build
+their data, which has no limit of ours, and notice a death only then; a dead controller is noticed at once."""
+
+JOIN_TIMEOUT_S = 20.0
+"""How long forming the group may take once all seats are taken; longer means that one died that had its seat."""
 
 
 @dataclass(frozen=True)
@@ -129,17 +133,9 @@ class Attendance:
         """
         deadline = time.monotonic() + GATHER_TIMEOUT_S
         try:
-            while (generation := self._next_complete(deadline)) is None:
+            while not self._form_next(deadline):
                 pass
-            self._generation = generation
-            dist.init_process_group(
-                self._seat.backend,
-                store=dist.PrefixStore(f"group/{generation}", self._store),  # type: ignore[attr-defined]
-                rank=self._seat.place.rank,
-                world_size=self._seat.place.size,
-                timeout=timedelta(seconds=self._seat.timeout_s),
-            )
-        except RuntimeError as err:  # torch's errors of stores and of backends
+        except RuntimeError as err:  # torch's errors of stores
             raise PeerLost(f"no group to join ({str(err).splitlines()[0][:200]})") from None
 
     def leave(self) -> None:
@@ -147,6 +143,26 @@ class Attendance:
         if dist.is_initialized():
             dist.destroy_process_group()
         self._store.set(f"lost/{self._generation}/{self._seat.place.rank}", "")
+
+    def _form_next(self, deadline: float) -> bool:
+        """Become a member of the next generation; False if that cannot be, as one that took its seat has died."""
+        generation = self._next_complete(deadline)
+        if generation is None:
+            return False
+        self._generation = generation
+        try:
+            dist.init_process_group(
+                self._seat.backend,
+                store=dist.PrefixStore(f"group/{generation}", self._store),  # type: ignore[attr-defined]
+                rank=self._seat.place.rank,
+                world_size=self._seat.place.size,
+                timeout=timedelta(seconds=min(JOIN_TIMEOUT_S, self._seat.timeout_s)),
+            )
+        except RuntimeError:
+            self.leave()
+            return False
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self._seat.timeout_s))
+        return True
 
     def _next_complete(self, deadline: float) -> int | None:
         """Wait for a new generation, take the seat, wait for the others; None if a newer one was called meanwhile."""
@@ -205,6 +221,7 @@ def run_in_generations(fn: Callable[[dict[str, Any]], None], config: dict[str, A
             return
         attendance.leave()
         gc.collect()  # the model of the interrupted call, before the next builds another
+        torch._dynamo.reset()  # a replacement has compiled nothing yet, and must compute the same
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -125,7 +125,10 @@ class Watchdog:
         for rank, seconds in sorted(self._silent_s.items()):
             # A group sets up together: what a peer says beyond it holds for one that was last heard in it, too.
             known = [self._pulses.get(rank), *self._pulses.values()]
-            pulse = next((pulse for pulse in known if pulse is not None and pulse.phase != "set up"), None)
+            pulse = next(
+                (pulse for pulse in known if pulse is not None and pulse.phase not in ("set up", "done")),
+                None,
+            )
             limit_s = _step_limit_s(pulse) if pulse is not None else SILENCE_IN_SET_UP_S
             if seconds > limit_s * self._growth[Why.SILENT] and rank not in self._told:
                 steps = max((pulse.steps for pulse in self._pulses.values()), default=0)
