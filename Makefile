@@ -27,9 +27,10 @@ test: $(STAMP)  ## The whole suite
 	$(BIN)/python -m pytest
 
 test-fast: $(STAMP)  ## Without a cluster and without slow tests
-	$(BIN)/python -m pytest -m 'not slow and not cluster' -q
+	$(BIN)/python -m pytest -m 'not slow and not cluster and not chaos' -q
 
 chaos: $(STAMP)  ## Proof by fault: every worker killed at every step, write and offset (half an hour; SEED=n repeats)
+	$(BIN)/python -m pytest -m chaos
 	PYTHONPATH=tests $(BIN)/python -m faults $(if $(SEED),--seed $(SEED))
 
 check: $(STAMP)  ## Formatter, linter, type checker, import direction

@@ -37,7 +37,14 @@ def prove(campaign: Campaign, scenarios: list[Scenario]) -> list[Verdict]:
     return verdicts
 
 
-@pytest.mark.parametrize(("workers", "shards"), [(3, SHARDS), (2, None), (3, None)])
+@pytest.mark.parametrize(
+    ("workers", "shards"),
+    [
+        (3, SHARDS),
+        pytest.param(2, None, marks=pytest.mark.chaos),
+        pytest.param(3, None, marks=pytest.mark.chaos),
+    ],
+)
 def test_a_worker_dies_anywhere(campaign: Campaign, workers: int, shards: int | None) -> None:
     scheduler = Scheduler(SEED, campaign.size(workers, shards), SHARDS)
     exact = shards is not None
@@ -47,6 +54,7 @@ def test_a_worker_dies_anywhere(campaign: Campaign, workers: int, shards: int | 
         assert verdict.deaths == 1 or may_miss, f"SHOAL_FAULTS_SEED={SEED}: {verdict.scenario} killed nobody"
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("shards", [SHARDS, None])
 def test_who_commits_for_the_dead_dies_too(campaign: Campaign, shards: int | None) -> None:
     scheduler = Scheduler(SEED, campaign.size(3, shards), SHARDS)

@@ -68,7 +68,15 @@ def stalls(run: Run) -> list[dict[str, Any]]:
     return run.record.events(("stall",))
 
 
-@pytest.mark.parametrize(("how", "rank"), [("stop", 1), ("stop", 0), ("hold", 1), ("deadlock", 1)])
+@pytest.mark.parametrize(
+    ("how", "rank"),
+    [
+        ("stop", 1),
+        pytest.param("stop", 0, marks=pytest.mark.chaos),
+        pytest.param("hold", 1, marks=pytest.mark.chaos),
+        ("deadlock", 1),
+    ],
+)
 def test_a_rank_that_hangs_is_named_and_replaced_within_seconds(
     train: Callable[..., Run], tmp_path: Path, how: str, rank: int
 ) -> None:
@@ -94,6 +102,7 @@ def test_a_rank_that_hangs_is_named_and_replaced_within_seconds(
     assert seconds_lost(tmp_path) < 15
 
 
+@pytest.mark.chaos
 def test_two_that_stop_at_once_cost_no_more_than_one(train: Callable[..., Run], tmp_path: Path) -> None:
     run = train("stop", "12", workers=3)
     run.wait(progress=False, timeout_s=120)
@@ -103,6 +112,7 @@ def test_two_that_stop_at_once_cost_no_more_than_one(train: Callable[..., Run], 
     assert seconds_lost(tmp_path) < 15
 
 
+@pytest.mark.chaos
 def test_ranks_that_wait_for_each_other_are_named_and_start_again(
     train: Callable[..., Run], tmp_path: Path
 ) -> None:

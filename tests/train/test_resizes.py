@@ -86,7 +86,7 @@ def test_killed_at_any_moment_of_a_resize_it_goes_on_to_the_same_bits(
     assert fingerprint_of(tmp_path, "run", STEPS) == undisturbed
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None)
 @given(
     first=st.integers(1, 3),
     resizes=st.dictionaries(st.integers(0, STEPS - 1), st.integers(1, 3), max_size=4),

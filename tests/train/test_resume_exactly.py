@@ -32,7 +32,14 @@ def test_a_killed_run_ends_with_the_same_bits(num_workers: int, tmp_path: Path) 
     assert fingerprint_of(tmp_path, "killed") == fingerprint_of(tmp_path, "undisturbed")
 
 
-@pytest.mark.parametrize(("victim", "shards"), [("0:23", None), ("2:57", None), ("0:37", 8)])
+@pytest.mark.parametrize(
+    ("victim", "shards"),
+    [
+        ("0:23", None),
+        pytest.param("2:57", None, marks=pytest.mark.chaos),
+        pytest.param("0:37", 8, marks=pytest.mark.chaos),
+    ],
+)
 def test_a_survivor_keeps_the_step_boundary_so_no_step_is_lost(
     victim: str, shards: int | None, tmp_path: Path
 ) -> None:

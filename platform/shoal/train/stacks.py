@@ -15,6 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _SIGNAL = signal.SIGUSR1
+_NUM_STILL = 8
+"""After so many looks that found no more, all has been written: on a busy machine a dump comes in pieces."""
+
 _MAX_BYTES = 64 * 2**10
 _FRAME = re.compile(r'^  File "(?P<path>.*)", line (?P<line>\d+) in (?P<name>.*)$', flags=re.M)
 
@@ -56,11 +59,11 @@ def dump_by_signal(pid: int, *, timeout_s: float) -> str:
             os.kill(pid, _SIGNAL)
             os.kill(pid, signal.SIGCONT)
             deadline = time.monotonic() + timeout_s
-            while time.monotonic() < deadline:
+            num_still = 0
+            while time.monotonic() < deadline and num_still < _NUM_STILL:
                 time.sleep(0.02)
                 before, size = size, os.fstat(log.fileno()).st_size
-                if size == before > begin:
-                    break
+                num_still = num_still + 1 if size == before > begin else 0
             log.seek(begin)
             return log.read(_MAX_BYTES).decode(errors="replace")
     except OSError:
