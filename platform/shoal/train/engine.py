@@ -121,8 +121,11 @@ class _HeldRun:
             self._lock.release()
 
 
-def _has_ended(record: RunRecord, begin: int, *, timeout_s: float = 2.0) -> bool:
-    """True if a worker has recorded the end of this attempt, for good or not; it may be a moment behind us."""
+def _has_ended(record: RunRecord, begin: int, *, timeout_s: float = 0.2) -> bool:
+    """True if a worker has recorded the end of this attempt, for good or not.
+
+    It does so before it leaves, which is what we noticed; a file system that shows it late may be a moment behind.
+    """
     deadline = time.monotonic() + timeout_s
     while True:
         if record.events(("end", "resize"), since=begin):
