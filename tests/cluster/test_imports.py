@@ -52,6 +52,12 @@ def test_what_was_noted_stays_until_there_is_more(noted: Path) -> None:
     assert noted.stat().st_ino == before
 
 
+def test_what_another_run_imported_stays(noted: Path) -> None:
+    noted.write_text('["another.library"]')
+    imports.remember_imports()
+    assert {"another.library", "json"} <= set(json.loads(noted.read_text()))
+
+
 @pytest.mark.parametrize("content", ["{", '{"a": 1}', '["no.such.module", 7, "colorsys"]'])
 def test_what_cannot_be_read_or_imported_is_passed_over(noted: Path, content: str) -> None:
     noted.write_text(content)

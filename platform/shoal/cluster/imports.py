@@ -40,8 +40,9 @@ def remember_imports() -> None:
         return
     names = [name for name, module in list(sys.modules.items()) if _is_of_a_library(name, module)]
     try:
-        if set(names) - set(_read(path)):
-            write_json(path, names[:_MAX_NAMES])
+        known = _read(path)
+        if new := sorted(set(names) - set(known)):
+            write_json(path, [*known, *new][:_MAX_NAMES])  # other recipes' stay
     except ShoalError:
         logger.warning("could not note what runs import", exc_info=True)
 
