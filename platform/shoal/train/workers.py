@@ -121,8 +121,9 @@ class Workers:
         """Run until ``fn`` returned on every worker; returns early, without an error, after `abort`.
 
         Blocks. Whichever way it ends, no actor and no placement group that it made remains, and unless it was
-        aborted it may be run again; what counts against ``max_failures`` then begins anew. ``hold_out_s``: how long to wait for the most that are
-        wanted before fewer will do; Ray says that room is free some moments after it is.
+        aborted it may be run again; what counts against ``max_failures`` then begins anew. ``hold_out_s``: how
+        long to wait for the most that are wanted before fewer will do; Ray says that room is free some moments
+        after it is.
 
         Raises:
             RequestError: the workers can never fit into this cluster.
