@@ -1,8 +1,15 @@
-"""Which libraries the cluster's runs import: waiting processes import them ahead of need, too (see `preload`).
+"""What workers import ahead of need: torch and Ray Train, and the libraries that earlier runs of the cluster imported.
+
+The template of all workers does it once (`template`); a process that starts without one does it before it takes work,
+mostly while a run trains on every core. That is 4 CPU-seconds: at normal priority they cost that run 40 % of its speed
+while they last, at nice 15 still 30 %, in SCHED_IDLE a sixth (2 cores, gloo, 2026-11): a worker that waited for its
+peer then has its core back at once, though not its caches. So they run in a thread of that class, and the process waits
+for the thread. On an idle core they are as fast as ever; on one that is never idle they are promoted after a while, so
+that whoever was given this process does not wait for ever.
 
 A recipe imports what it needs when it builds its data or model; scikit-learn takes a second for that, others five. A
-process that replaces a worker in the middle of a run has had it behind it then. Libraries only: code of the project,
-which may change from one run to the next, is imported when it is needed.
+process that replaces a worker in the middle of a run has that behind it. Libraries only: code of the project, which may
+change from one run to the next, is imported when it is needed.
 """
 
 from __future__ import annotations
@@ -10,8 +17,10 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import resource
 import sys
 import sysconfig
+import threading
 from pathlib import Path
 
 from shoal.cluster.info import run_dir_of
@@ -19,6 +28,15 @@ from shoal.cluster.processes import CLUSTER_ID
 from shoal.errors import NotFoundError, ShoalError
 from shoal.storage import read_json, write_json
 
+TORCH = ("torch", "torch._dynamo")
+MODULES = (*TORCH, "shoal.train.workers")
+"""The last one imports all that a controller or training worker of a run needs, Ray Train's modules too. torch
+imports torch._dynamo late, with the first seed or optimizer: the first trial in a process took 1.11 CPU-s, the
+second 0.05 (2026-11)."""
+
+_PROMOTED_AFTER_S = 30.0
+_RLIMIT_NICE_OF_0 = 20
+"""What RLIMIT_NICE must be for a thread to come back to nice 0 (setrlimit(2)); root needs none."""
 _NAME = "imports.json"
 _MAX_NAMES = 10_000
 _LIBRARIES = tuple(
@@ -47,16 +65,53 @@ def remember_imports() -> None:
         logger.warning("could not note what runs import", exc_info=True)
 
 
-def import_remembered() -> None:
-    """Import what runs of this cluster imported before, as far as it can be."""
-    if (path := _path()) is None:
-        return
-    for name in _read(path):
+is_done = False
+"""Whether this process, or the template it is a copy of, has imported ahead."""
+
+
+def import_now(only: tuple[str, ...] | None = None) -> None:
+    """Import it all, or ``only`` these, at this process's priority; what cannot be imported is left out."""
+    global is_done
+    is_done = True
+    path = _path()
+    for name in only or (*MODULES, *(_read(path) if path else ())):
         if name not in sys.modules:
             try:
                 importlib.import_module(name)
             except Exception:  # it was there under circumstances of its own; whoever needs it will say so
-                logger.debug("could not import %s ahead of need", name, exc_info=True)
+                logger.warning("could not import %s ahead of need", name, exc_info=True)
+
+
+def import_behind_others() -> None:
+    """Import in a thread that gives way, and wait for it; its priority ends with it, and what runs later runs as usual."""
+    importlib.import_module("numpy")  # OpenBLAS makes its threads now, and threads inherit priority
+    thread = threading.Thread(target=_give_way_and_import, name="shoal-imports")
+    thread.start()
+    thread.join(_PROMOTED_AFTER_S)
+    if thread.is_alive() and _may_be_promoted():
+        os.sched_setscheduler(thread.native_id or 0, os.SCHED_OTHER, os.sched_param(0))
+    thread.join()
+
+
+def last_change() -> float | None:
+    """When a run last added to what is remembered, in seconds since the epoch; None before the first."""
+    path = _path()
+    try:
+        return path.stat().st_mtime if path else None
+    except OSError:
+        return None
+
+
+def _give_way_and_import() -> None:
+    if _may_be_promoted():
+        os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
+    else:  # nobody could take it out of SCHED_IDLE again, and there it might never end
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # Linux: of this thread alone
+    import_now()
+
+
+def _may_be_promoted() -> bool:
+    return os.geteuid() == 0 or resource.getrlimit(resource.RLIMIT_NICE)[0] >= _RLIMIT_NICE_OF_0
 
 
 def _path() -> Path | None:

@@ -77,6 +77,8 @@ MAX_HAPROXY_SOCKET_PATH = 97
 NUM_NODE_ID_CHARACTERS = 56
 HAPROXY_LAUNCHER = "haproxy-launch"
 """File in a cluster's folder that Serve starts as HAProxy."""
+WORKER_LAUNCHER = "worker-launch"
+"""File in a cluster's folder that Ray starts as Python."""
 
 CLIENT_VARIABLES = frozenset(
     {
@@ -198,7 +200,8 @@ def cluster_environment(ports: Mapping[str, int], run_dir: Path, serve_host: str
 
 def start_command(ports: Mapping[str, int], run_dir: Path, *, num_cpus: int, num_gpus: int) -> list[str]:
     """The command line that starts a head node with every listener on loopback and on a port of ours."""
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head"]
+    command = [sys.executable, "-m", "shoal.cluster.ray_start", str(run_dir / WORKER_LAUNCHER)]
+    command += [str(template_socket(run_dir)), str(run_dir / "template.log"), "start", "--head"]
     command += [f"--node-ip-address={LOOPBACK}", f"--dashboard-host={LOOPBACK}"]
     command += [f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}"]
     flags = {
@@ -239,6 +242,18 @@ def haproxy_launcher(binary: str) -> str:
     return f'#!/bin/sh\nexec {command} "$@"\n'
 
 
+def worker_launcher(run_dir: Path) -> str:
+    """The text of the small script that Ray starts in Python's place; see ``worker_launch.py``."""
+    launcher = Path(__file__).with_name("worker_launch.py")
+    command = shlex.join([sys.executable, "-I", "-S", str(launcher), sys.executable, str(template_socket(run_dir))])
+    return f'#!/bin/sh\nexec {command} "$@"\n'
+
+
+def template_socket(run_dir: Path) -> Path:
+    """Where the template of a cluster's workers listens."""
+    return run_dir / "template"
+
+
 def is_submitted_job() -> bool:
     """Whether ``ray job submit`` started this process, or one above it."""
     return _JOB_CONFIG in os.environ and ADDRESS in os.environ
@@ -258,8 +273,13 @@ def prepare_driver() -> None:
     raylet = importlib.import_module("ray._raylet")
     constants = importlib.import_module("ray._private.ray_constants")
     constants.ENABLE_RAY_CLUSTER = False  # type: ignore[attr-defined]
-    raylet.Config.initialize("")  # before the token: a thread that loads it must not see the old mode
+    reread_settings()  # before the token: a thread that loads it must not see the old mode
     raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def reread_settings() -> None:
+    """Make Ray's core, which reads the environment once, follow it as it is now: ``RAY_JOB_ID`` and all settings."""
+    importlib.import_module("ray._raylet").Config.initialize("")
 
 
 def prestart_workers(node: str, count: int, *, keep_alive_s: int, timeout_s: float) -> None:

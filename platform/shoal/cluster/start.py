@@ -151,7 +151,9 @@ class _PortRace(Exception):
 def _start_once(plan: StartPlan, ports: dict[str, int], say: Callable[[str], None]) -> ClusterInfo:
     began = time.monotonic()
     token_path = _write_token(plan.run_dir)
-    _write_haproxy_launcher(plan.run_dir)
+    _write_launcher(plan.run_dir / ray_edge.HAPROXY_LAUNCHER, ray_edge.haproxy_launcher(ray_edge.haproxy_binary()))
+    private_dir(plan.run_dir / ray_edge.HAPROXY_DIR)
+    _write_launcher(plan.run_dir / ray_edge.WORKER_LAUNCHER, ray_edge.worker_launcher(plan.run_dir))
     command = ray_edge.start_command(ports, plan.run_dir, num_cpus=plan.num_cpus, num_gpus=plan.num_gpus)
     say(f"starting cluster {plan.name!r}: {plan.num_cpus} CPUs, {plan.num_gpus} GPUs")
     log_path = plan.run_dir / "start.log"
@@ -287,11 +289,9 @@ def _write_token(run_dir: Path) -> Path:
     return path
 
 
-def _write_haproxy_launcher(run_dir: Path) -> None:
-    path = run_dir / ray_edge.HAPROXY_LAUNCHER
-    path.write_text(ray_edge.haproxy_launcher(ray_edge.haproxy_binary()))
+def _write_launcher(path: Path, text: str) -> None:
+    path.write_text(text)
     path.chmod(0o700)
-    private_dir(run_dir / ray_edge.HAPROXY_DIR)
 
 
 def answers_within(info: ClusterInfo, *, timeout_s: float) -> bool:
