@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import importlib.metadata
 import inspect
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.cluster import haproxy_launch, ports, ray_edge, serve_guard
+from shoal.cluster import haproxy_launch, imports, ports, ray_edge, serve_guard
 
 RUN_DIR = Path("/tmp/shoal-0/01234567")
 PORTS = ports.plan(20_000, serve_port=0)
@@ -152,7 +151,7 @@ def test_what_torch_imports_late_is_preloaded() -> None:
     code = (
         "import sys, torch; assert 'torch._dynamo' not in sys.modules; torch.manual_seed(0); "
         "torch.optim.SGD([torch.zeros(1)], lr=1.0); print('torch._dynamo' in sys.modules); "
-        "from shoal.cluster.preload import MODULES; print('torch._dynamo' in MODULES)"
+        "from shoal.cluster.imports import MODULES; print('torch._dynamo' in MODULES)"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(ray_edge.__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
@@ -160,18 +159,8 @@ def test_what_torch_imports_late_is_preloaded() -> None:
     assert "shoal.cluster.preload" in CLUSTER[ray_edge.PRELOAD].split(",")
 
 
-def preloaded() -> tuple[str, ...]:
-    """What waiting workers import; read from the text, because importing the module does it."""
-    tree = ast.parse(Path(ray_edge.__file__).with_name("preload.py").read_text())
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MODULES":
-            modules: tuple[str, ...] = ast.literal_eval(node.value)
-            return modules
-    raise AssertionError("preload.py has no MODULES")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", preloaded())
+@pytest.mark.parametrize("name", imports.MODULES)
 def test_what_is_preloaded_can_be_imported(name: str) -> None:
     assert importlib.import_module(name).__name__ == name
 

@@ -1,15 +1,15 @@
-"""What workers import ahead of need: torch and Ray Train, and the libraries that earlier runs of the cluster imported.
+"""What workers import ahead of need: torch, Ray Train, and the libraries that earlier runs of the cluster imported.
 
-The template of all workers does it once (`template`); a process that starts without one does it before it takes work,
-mostly while a run trains on every core. That is 4 CPU-seconds: at normal priority they cost that run 40 % of its speed
-while they last, at nice 15 still 30 %, in SCHED_IDLE a sixth (2 cores, gloo, 2026-11): a worker that waited for its
-peer then has its core back at once, though not its caches. So they run in a thread of that class, and the process waits
-for the thread. On an idle core they are as fast as ever; on one that is never idle they are promoted after a while, so
-that whoever was given this process does not wait for ever.
+The template of all workers does it once (`template`); a process that starts without one does it before it takes
+work, mostly while a run trains on every core. That is 4 CPU-seconds: at normal priority they cost that run 40 % of
+its speed while they last, at nice 15 still 30 %, in SCHED_IDLE a sixth (2 cores, gloo, 2026-11): a worker that
+waited for its peer then has its core back at once, though not its caches. So they run in a thread of that class,
+and the process waits for the thread. On an idle core they are as fast as ever; on one that is never idle they are
+promoted after a while, so that whoever was given this process does not wait for ever.
 
-A recipe imports what it needs when it builds its data or model; scikit-learn takes a second for that, others five. A
-process that replaces a worker in the middle of a run has that behind it. Libraries only: code of the project, which may
-change from one run to the next, is imported when it is needed.
+A recipe imports what it needs when it builds its data or model; scikit-learn takes a second for that, others five.
+A process that replaces a worker in the middle of a run has that behind it. Libraries only: code of the project,
+which may change from one run to the next, is imported when it is needed.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def import_now(only: tuple[str, ...] | None = None) -> None:
 
 
 def import_behind_others() -> None:
-    """Import in a thread that gives way, and wait for it; its priority ends with it, and what runs later runs as usual."""
+    """Import in a thread that gives way, and wait for it; what runs later runs at the usual priority."""
     importlib.import_module("numpy")  # OpenBLAS makes its threads now, and threads inherit priority
     thread = threading.Thread(target=_give_way_and_import, name="shoal-imports")
     thread.start()

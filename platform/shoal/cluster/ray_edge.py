@@ -245,7 +245,9 @@ def haproxy_launcher(binary: str) -> str:
 def worker_launcher(run_dir: Path) -> str:
     """The text of the small script that Ray starts in Python's place; see ``worker_launch.py``."""
     launcher = Path(__file__).with_name("worker_launch.py")
-    command = shlex.join([sys.executable, "-I", "-S", str(launcher), sys.executable, str(template_socket(run_dir))])
+    command = shlex.join(
+        [sys.executable, "-I", "-S", str(launcher), sys.executable, str(template_socket(run_dir))]
+    )
     return f'#!/bin/sh\nexec {command} "$@"\n'
 
 

@@ -151,7 +151,9 @@ class _PortRace(Exception):
 def _start_once(plan: StartPlan, ports: dict[str, int], say: Callable[[str], None]) -> ClusterInfo:
     began = time.monotonic()
     token_path = _write_token(plan.run_dir)
-    _write_launcher(plan.run_dir / ray_edge.HAPROXY_LAUNCHER, ray_edge.haproxy_launcher(ray_edge.haproxy_binary()))
+    _write_launcher(
+        plan.run_dir / ray_edge.HAPROXY_LAUNCHER, ray_edge.haproxy_launcher(ray_edge.haproxy_binary())
+    )
     private_dir(plan.run_dir / ray_edge.HAPROXY_DIR)
     _write_launcher(plan.run_dir / ray_edge.WORKER_LAUNCHER, ray_edge.worker_launcher(plan.run_dir))
     command = ray_edge.start_command(ports, plan.run_dir, num_cpus=plan.num_cpus, num_gpus=plan.num_gpus)

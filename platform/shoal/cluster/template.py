@@ -1,17 +1,17 @@
 """The template: a process that has imported what workers need, of which the cluster's workers are forked.
 
-A worker process takes 4 CPU-seconds to import torch and Ray Train, a fork 0.02. So a worker is there a moment after
-it is asked for, spare processes need not wait in numbers (each idle one costs a run 0.7 % of a core, Ray's own ticks),
-and all share their libraries' memory.
+A worker process takes 4 CPU-seconds to import torch and Ray Train, a fork 0.02. So a worker is there a moment
+after it is asked for, spare processes need not wait in numbers (each idle one costs a run 0.7 % of a core, Ray's
+own ticks), and all share their libraries' memory.
 
-What makes forking safe here: the template has one thread of its own when it forks (libraries that keep a pool, such as
-OpenBLAS and jemalloc, bring handlers for forks), has opened no connection, has not touched a GPU, and imports nothing
-but libraries and shoal. A copy that tries all this goes first (`_is_fit`): a template that is not fit ends, and workers
-then start as Ray starts them. A request whose environment differs in a variable that libraries may read as they load is
-refused, and its worker starts so, too.
+What makes forking safe here: the template has one thread of its own when it forks (libraries that keep a pool, such
+as OpenBLAS and jemalloc, bring handlers for forks), has opened no connection, has not touched a GPU, and imports
+nothing but libraries and shoal. A copy that tries all this goes first (`is_fit`): a template that is not fit ends,
+and workers then start as Ray starts them. A request whose environment differs in a variable that libraries may
+read as they load is refused, and its worker starts so, too.
 
-When runs have imported more libraries (`imports`), the template forks a successor that imports those, behind whatever
-else runs, and then takes over. It ends with the raylet that it starts workers for.
+When runs have imported more libraries (`imports`), the template forks a successor that imports those, behind
+whatever else runs, and then takes over. It ends with the raylet that it starts workers for.
 """
 
 from __future__ import annotations
@@ -44,7 +44,18 @@ _RAYLET = "RAY_RAYLET_PID"
 _JOB, _ANY_JOB = "RAY_JOB_ID", "ffffffff"
 """A worker that was started for no job in particular takes the id of the first one that it works for."""
 _FREE_TO_DIFFER = frozenset(
-    {_JOB, "RAY_CLIENT_MODE", "RAY_LD_PRELOAD_ON_WORKERS", "PYTHONPATH", "PWD", "OLDPWD", "SHLVL", "_", "LC_CTYPE", "RAY_RUNTIME_ENV_CREATE_WORKING_DIR"}
+    {
+        _JOB,
+        "RAY_CLIENT_MODE",
+        "RAY_LD_PRELOAD_ON_WORKERS",
+        "RAY_RUNTIME_ENV_CREATE_WORKING_DIR",
+        "PYTHONPATH",
+        "PWD",
+        "OLDPWD",
+        "SHLVL",
+        "_",
+        "LC_CTYPE",
+    }
 )
 """Variables that no library reads as it loads; PYTHONPATH is carried out by hand."""
 
@@ -73,11 +84,10 @@ def bind(path: str) -> socket.socket:
     return listener
 
 
-
 class Template:
     """Forks workers for whoever connects to ``listener``. Make it before anything else is imported.
 
-    `serve` returns once in this process, when its raylet has ended or a successor serves, and once in each copy.
+    `serve` returns in this process when its raylet has ended or a successor serves, and in each copy at once.
     """
 
     def __init__(self, listener: socket.socket) -> None:
@@ -226,9 +236,9 @@ def _computes() -> bool:
     import torch
 
     ones = torch.ones(64, 64, requires_grad=True)
-    (ones @ ones).sum().backward()
+    torch.autograd.backward((ones @ ones).sum())
     # In a copy of a process that touched the driver no GPU can be used.
-    has_gpu_state = torch.cuda._is_in_bad_fork()  # type: ignore[no-untyped-call]
+    has_gpu_state = torch.cuda._is_in_bad_fork()
     return not has_gpu_state and bool((np.ones((64, 64)) @ np.ones((64, 64))).sum() == 64**3)
 
 
@@ -251,13 +261,12 @@ def main(fd: int) -> None:
 def _receive(connection: socket.socket) -> Request:
     head, streams, _, _ = socket.recv_fds(connection, 8, 3)
     try:
-        if len(head) != 8 or len(streams) != 3:
-            raise ValueError(f"{len(head)} bytes and {len(streams)} streams")
+        stdin, stdout, stderr = streams
         size = int.from_bytes(head, "big")
         if size > _MAX_REQUEST_BYTES:
             raise ValueError(f"a request of {size} bytes")
-        with connection.makefile("rb") as stream:
-            return Request(**json.loads(stream.read(size)), streams=tuple(streams))
+        with connection.makefile("rb") as body:
+            return Request(**json.loads(body.read(size)), streams=(stdin, stdout, stderr))
     except BaseException:
         for stream in streams:
             os.close(stream)

@@ -37,7 +37,9 @@ def plan(argv: list[str], environment: dict[str, str], python: str, cwd: str) ->
         return None
     folder = _folder(context.get("command_prefix") or [], cwd)
     variables = context.get("env_vars") or {}
-    if folder is None or any("$" in value for value in variables.values()):  # a shell would say what they mean
+    if folder is None or any(
+        "$" in value for value in variables.values()
+    ):  # a shell would say what they mean
         return None
     return {
         "argv": [part for part in argv if not part.startswith(_NOT_THE_WORKERS)],
