@@ -47,7 +47,6 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
     )
     monkeypatch.setattr(connection, "attach_driver", lambda info: fakes.prepared.append(info.cluster_id))
     monkeypatch.setattr(connection, "ensure_tracker", lambda _: None)
-    monkeypatch.setattr(connection, "add_warm_processes", lambda _: None)
     monkeypatch.setattr(connection, "detach", lambda: None)
     monkeypatch.setattr(connection.clusters, "find", lambda _: None)
     monkeypatch.setattr(connection.clusters, "down", fakes.downs.append)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from unittest.mock import patch
 
 from shoal import config as shoal_config
-from shoal.cluster import ClusterInfo, down, processes, ray_edge, up
+from shoal.cluster import ClusterInfo, down, processes, up
 
 CONFIG = """\
 version: 1
@@ -26,9 +25,8 @@ def write_project(folder: Path, name: str) -> Path:
 
 
 def start(project: Path) -> ClusterInfo:
-    """Bring the project's cluster up; nothing trains on it, so its processes do not import torch ahead of need."""
-    with patch.dict(ray_edge.WARM_ENVIRONMENT, {ray_edge.PRELOAD: "json"}):
-        return up(shoal_config.load(project / "cluster.yaml"), project=project)
+    """Bring the project's cluster up."""
+    return up(shoal_config.load(project / "cluster.yaml"), project=project)
 
 
 def write_record(info: ClusterInfo) -> None:

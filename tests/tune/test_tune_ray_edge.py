@@ -50,7 +50,7 @@ def test_tune_still_makes_its_actors_with_the_class_we_replace() -> None:
     from ray.tune.execution import class_cache, tune_controller
 
     assert issubclass(tune_controller._ActorClassCache, class_cache._ActorClassCache), (
-        "TuneController makes actor classes in another way now: see ray_edge._WarmActorClasses"
+        "TuneController makes actor classes in another way now: see ray_edge._ActorClasses"
     )
     import inspect
 

@@ -15,7 +15,6 @@ from shoal.cluster.attach import attach as attach_driver
 from shoal.cluster.attach import detach
 from shoal.cluster.info import read_record
 from shoal.cluster.lifecycle import plan_start, up_plan
-from shoal.cluster.warm import add_warm_processes
 from shoal.config import ClusterConfig, find, load
 from shoal.errors import ConfigError, Problem, RequestError
 from shoal.tracking import ensure_tracker
@@ -24,9 +23,6 @@ if TYPE_CHECKING:
     from shoal.cluster import ClusterInfo
 
 logger = logging.getLogger(__name__)
-
-NUM_WARM = 4
-"""Worker processes that a new cluster starts ahead of need: a run's controller, two workers, one to spare."""
 
 
 def connect(project: Path | str | None = None) -> Cluster:
@@ -94,7 +90,6 @@ def bring_up(
             atexit.register(_end, info)
         attach_driver(info)
         ensure_tracker(info)
-        add_warm_processes(NUM_WARM)
     return info
 
 

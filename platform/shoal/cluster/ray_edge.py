@@ -21,18 +21,6 @@ PYTHON_VERSION = (3, 11)
 
 LOOPBACK = "127.0.0.1"
 
-WARM_ENVIRONMENT: dict[str, str] = {
-    # Imported by every waiting worker process; Ray skips a name that cannot be imported.
-    "RAY_preload_python_modules": "shoal.cluster.preload",
-    # Ray keeps as many idle processes as there are *free CPUs*, so a training run, which takes them all,
-    # would lose the spare processes that its own recovery needs.
-    "RAY_num_workers_soft_limit": "8",
-    # Processes that may start at once; Ray's default is the number of cores, and a request for more than that
-    # is cut down without a word.
-    "RAY_worker_maximum_startup_concurrency": "8",
-}
-"""What a node's raylet must have in its environment before Ray starts there; `shoal up` merges it."""
-
 FIXED_PORTS = (
     "gcs",
     "dashboard",
@@ -190,9 +178,13 @@ def cluster_environment(ports: Mapping[str, int], run_dir: Path, serve_host: str
         # Ray runs its workers at nice 15, so they lose to anything else: on a busy machine a run had 0.67 of the
         # speed it has under torchrun (2026-11). What must not compete, such as the tracker, is nice by itself.
         WORKER_NICENESS: "0",
-        **WARM_ENVIRONMENT,
-        # Every worker process imports these first; the guard before anything that could listen.
-        PRELOAD: f"shoal.cluster.serve_guard,{WARM_ENVIRONMENT[PRELOAD]}",
+        # Every worker process imports this first, before anything that could listen.
+        PRELOAD: "shoal.cluster.serve_guard",
+        # No spare processes: each costs a run 0.7 % of a core, and one from the template is there in a moment.
+        "RAY_prestart_worker_first_driver": "0",
+        # Processes that may start at once; Ray's default is the number of cores, and a request for more than that
+        # is cut down without a word.
+        "RAY_worker_maximum_startup_concurrency": "8",
         # `ray job stop` sends SIGTERM and kills after 3 s; a run needs longer to commit a checkpoint.
         "RAY_JOB_STOP_WAIT_TIME_S": "30",
     }
@@ -282,27 +274,6 @@ def prepare_driver() -> None:
 def reread_settings() -> None:
     """Make Ray's core, which reads the environment once, follow it as it is now: ``RAY_JOB_ID`` and all settings."""
     importlib.import_module("ray._raylet").Config.initialize("")
-
-
-def prestart_workers(node: str, count: int, *, keep_alive_s: int, timeout_s: float) -> None:
-    """Have the raylet at ``node`` ("host:port") start idle workers with this process's runtime environment.
-
-    Returns once it has agreed; a worker that nobody took goes away after ``keep_alive_s``. The raylet's own call:
-    there is no public one. Raises whatever grpc does.
-    """
-    import ray
-    from ray._private.grpc_utils import init_grpc_channel
-    from ray.core.generated import common_pb2, node_manager_pb2, node_manager_pb2_grpc
-
-    request = node_manager_pb2.PrestartWorkersRequest(
-        language=common_pb2.Language.PYTHON, num_workers=count, keep_alive_duration_secs=keep_alive_s
-    )
-    request.runtime_env_info.serialized_runtime_env = ray.get_runtime_context().get_runtime_env_string()
-    channel = init_grpc_channel(node)
-    try:
-        node_manager_pb2_grpc.NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=timeout_s)
-    finally:
-        channel.close()
 
 
 def python_path(project: Path, existing: str | None) -> str:

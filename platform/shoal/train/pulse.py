@@ -35,7 +35,7 @@ class Pulse:
     step_s: float | None
     """The median of its last steps, without what happened between them; None during set-up."""
     thread: int
-    """Which thread trains, as ``threading.get_ident`` calls it."""
+    """Which thread trains, as ``threading.get_ident`` calls it; 0 before the first attempt."""
 
 
 class Heart:
@@ -44,11 +44,13 @@ class Heart:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._phase: Phase
+        self._thread = 0
         self._begin()
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
         """While this thread takes part in a run; nothing is expected of it afterwards."""
+        self._thread = threading.get_ident()
         self._begin()
         try:
             yield
@@ -60,7 +62,6 @@ class Heart:
         self._steps = 0
         self._durations = [0.0] * NUM_DURATIONS
         self._num = -1  # the first step's duration is not counted
-        self._thread = threading.get_ident()
         self.waiting = _Waiting()
         self._moved = self._began = self._clock()
 

@@ -3,12 +3,12 @@
 Stock Ray Train needs about 10 s on 2 cores from submit to the first step, nearly all of it processes that
 import torch: the controller and each worker carry a runtime environment of their own, so Ray starts a fresh
 process for each, and helper actors that a run of ours does not use take processes too. Here nobody carries
-one (settings travel as arguments), the helpers are gone, and so every actor finds a warm process
-(`shoal.cluster.warm`). `benchmarks/submit.py` measures it. `workers` runs them.
+one (settings travel as arguments), the helpers are gone, and so every actor's process is a copy of the cluster's
+template (`shoal.cluster.template`). `benchmarks/submit.py` measures it. `workers` runs them.
 
 These are subclasses of private classes. ``tests/train/test_train_ray_edge.py`` fails, naming what to look at,
 when an upgrade moves one of them. Unlike its siblings this module imports torch and ray at the top: it is
-only imported to train on a cluster, and by waiting processes so that nothing is left to import.
+only imported to train on a cluster, and by the template so that its copies have nothing left to import.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 
 from shoal.capacity import Resources
-from shoal.cluster.warm import add_warm_processes
 from shoal.errors import PeerLost, ShoalError
 from shoal.train.pulse import heart
 from shoal.train.ray_watch import Watch
@@ -57,14 +56,6 @@ from shoal.train.retries import Retries
 from shoal.train.stall import OnStall
 
 logger = logging.getLogger(__name__)
-
-_PAY_BACK_EVERY_S = 60.0
-"""How long a group runs before a warm process that it took is replaced, and then the next; at the run's end, all
-that are left. Each is 3.5 CPU-seconds of imports, which a run on every core feels (`shoal.cluster.preload`):
-so a short run never pays, and a long one once. A new cluster has one to spare for a death before that."""
-
-_REFILL_AFTER_S = 2.0
-"""How long after a death its warm process is replaced: when training goes on, and before the next death."""
 
 _REPLACE_S = 60.0
 """How long starting replacements may take before the controller gives up, and its driver starts all anew."""
@@ -245,11 +236,7 @@ class _NoBarrier:
 
 
 class _Controller(TrainController):  # type: ignore[misc]
-    """Ray Train's control loop with our group; its settings are an argument, not a runtime environment.
-
-    It also pays back the warm processes that a run takes: late and one by one, so that they hardly compete with
-    it for the cores, but in time for most restarts.
-    """
+    """Ray Train's control loop with our group; its settings are an argument, not a runtime environment."""
 
     worker_group_cls = _Group
 
@@ -262,13 +249,11 @@ class _Controller(TrainController):  # type: ignore[misc]
         worker_group_state_module._shutdown_sync_actor = lambda _: None
         _Group.room = room
         _Group.watch = Watch(on_stall, lambda: self._failure_policy.retries.has_more)
-        self._num_warm_owed = 1  # this process
         super().__init__(**kwargs)
 
     def _start_worker_group(self, num_workers: int, resources_per_worker: Resources) -> None:
         super()._start_worker_group(num_workers, resources_per_worker)
         self._meet(None)
-        self._owe_warm(num_workers, _PAY_BACK_EVERY_S)
 
     def _replace_bad_workers(self, poll_status: Any) -> None:
         if not self._worker_group.has_all_its_room:  # what is left is granted anew
@@ -287,28 +272,10 @@ class _Controller(TrainController):  # type: ignore[misc]
         finally:
             deadline.cancel()
         self._meet(poll_status.failing_replica_group_indices)
-        self._owe_warm(len(poll_status.failing_replica_group_indices), _REFILL_AFTER_S)
 
     def _meet(self, replaced: Iterable[int] | None) -> None:
         self._worker_group.meet(replaced)
         self._failure_policy.retries.started()
-
-    def _owe_warm(self, count: int, delay_s: float) -> None:
-        self._num_warm_owed += count
-        asyncio.get_running_loop().call_later(delay_s, self._pay_back_one)
-
-    async def _shutdown(self) -> Any:
-        result = await super()._shutdown()
-        owed, self._num_warm_owed = self._num_warm_owed, 0
-        if owed:
-            add_warm_processes(owed)
-        return result
-
-    def _pay_back_one(self) -> None:
-        if self._num_warm_owed:
-            self._num_warm_owed -= 1
-            add_warm_processes(1)
-            asyncio.get_running_loop().call_later(_PAY_BACK_EVERY_S, self._pay_back_one)
 
     async def _step(self) -> Any:
         pause_s, self._failure_policy.pause_s = self._failure_policy.pause_s, 0.0

@@ -1,9 +1,9 @@
 """The one place that speaks to Ray Tune: run trials side by side, let a scheduler end the worse ones early.
 
 Tune gives every trial's process a runtime environment (one variable that only PyTorch Lightning reads), so
-Ray starts a fresh process for it, which imports torch again: 2 to 4 s per trial. Ours carry none and find a
-warm process (`shoal.cluster.warm`). Tune's own results, logs and pickled state go to a folder that is deleted
-at the end; what a trial has to say is in its run's record.
+Ray starts a fresh process for it, which imports torch again: 2 to 4 s per trial. Ours carry none and are copies
+of the cluster's template (`shoal.cluster.template`). Tune's own results, logs and pickled state go to a folder
+that is deleted at the end; what a trial has to say is in its run's record.
 
 ``tests/tune/test_tune_ray_edge.py`` fails, naming what to look at, when an upgrade moves a private name used here.
 Imports ray at the top: it is only imported to run a sweep.
@@ -28,7 +28,6 @@ from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 from ray.util.placement_group import get_current_placement_group
 
-from shoal.cluster.warm import add_warm_processes
 from shoal.config import Range
 from shoal.errors import ClusterError
 from shoal.recipe import Objective
@@ -188,7 +187,7 @@ class _StopWhenIdle(Stopper):  # type: ignore[misc]
         return tune.stopper.NoopStopper, ()
 
 
-class _WarmActorClasses(class_cache._ActorClassCache):  # type: ignore[misc]
+class _ActorClasses(class_cache._ActorClassCache):  # type: ignore[misc]
     """Tune's actor classes, ours without the runtime environment that would cost each a fresh process."""
 
     def get(self, trainable_cls: type) -> Any:
@@ -252,8 +251,6 @@ def run_trials(
         ) from err
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        # Actors took their processes with them. Not before the sweep: starting some takes CPU from its trials.
-        add_warm_processes(concurrent)
 
 
 def make_population(trials: Trials, objective: Objective, *, interval: int) -> TrialScheduler:
@@ -296,7 +293,7 @@ def _prepare() -> None:
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     for name in ("ray.tune", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # a trial's error is in its run's record
-    tune_controller._ActorClassCache = _WarmActorClasses  # other trainables get what they always got
+    tune_controller._ActorClassCache = _ActorClasses  # other trainables get what they always got
     keep_raylet_quiet()
 
 
