@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from projects import ROOT
@@ -43,6 +44,8 @@ def stuck(tmp_path: Path, around: str) -> subprocess.Popen[str]:
         )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
+    asleep = psutil.STATUS_SLEEPING
+    wait_until(lambda: psutil.Process(process.pid).status() == asleep, "it has gone on from print to wait")
     return process
 
 

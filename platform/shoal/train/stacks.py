@@ -12,12 +12,9 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 _SIGNAL = signal.SIGUSR1
-_NUM_STILL = 8
-"""After so many looks that found no more, all has been written: on a busy machine a dump comes in pieces."""
-
 _MAX_BYTES = 64 * 2**10
 _FRAME = re.compile(r'^  File "(?P<path>.*)", line (?P<line>\d+) in (?P<name>.*)$', flags=re.M)
 
@@ -55,15 +52,16 @@ def dump_by_signal(pid: int, *, timeout_s: float) -> str:
         with open(f"/proc/{pid}/fd/2", "rb") as log:
             if not stat.S_ISREG(os.fstat(log.fileno()).st_mode) or not _catches_signal(pid):
                 return ""
-            begin = size = os.fstat(log.fileno()).st_size
+            begin = os.fstat(log.fileno()).st_size
+            deaf = _threads_that_block(pid)
             os.kill(pid, _SIGNAL)
             os.kill(pid, signal.SIGCONT)
             deadline = time.monotonic() + timeout_s
-            num_still = 0
-            while time.monotonic() < deadline and num_still < _NUM_STILL:
+            # The kernel blocks the signal in the thread that handles it, until all is written.
+            while time.monotonic() < deadline and (
+                os.fstat(log.fileno()).st_size == begin or _threads_that_block(pid) - deaf
+            ):
                 time.sleep(0.02)
-                before, size = size, os.fstat(log.fileno()).st_size
-                num_still = num_still + 1 if size == before > begin else 0
             log.seek(begin)
             return log.read(_MAX_BYTES).decode(errors="replace")
     except OSError:
@@ -71,9 +69,20 @@ def dump_by_signal(pid: int, *, timeout_s: float) -> str:
 
 
 def _catches_signal(pid: int) -> bool:
-    with open(f"/proc/{pid}/status") as file:
-        caught = next((line.split()[1] for line in file if line.startswith("SigCgt:")), "0")
-    return bool(int(caught, 16) >> (_SIGNAL - 1) & 1)
+    return _has_signal(f"/proc/{pid}/status", "SigCgt:")
+
+
+def _threads_that_block(pid: int) -> set[str]:
+    folder = f"/proc/{pid}/task"
+    return {thread for thread in os.listdir(folder) if _has_signal(f"{folder}/{thread}/status", "SigBlk:")}
+
+
+def _has_signal(status: str, field: str) -> bool:
+    """Whether that set of signals, a field of proc(5), has ours; of a thread that has ended, none has."""
+    with suppress(FileNotFoundError, ProcessLookupError), open(status) as file:
+        mask = next((line.split()[1] for line in file if line.startswith(field)), "0")
+        return bool(int(mask, 16) >> (_SIGNAL - 1) & 1)
+    return False
 
 
 def stack_of(dumped: str, thread: int) -> str:
