@@ -11,8 +11,10 @@ import importlib
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 RAY_VERSION = "2.60.0"
 """The only Ray this code was run on; ``pyproject.toml`` pins the same."""
@@ -269,6 +271,33 @@ def prepare_driver() -> None:
     constants.ENABLE_RAY_CLUSTER = False  # type: ignore[attr-defined]
     reread_settings()  # before the token: a thread that loads it must not see the old mode
     raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextmanager
+def random_ids_untouched() -> Iterator[None]:
+    """While modules with actor classes are imported: give those their ids without Ray's generator.
+
+    Ray seeds it from the system when it is first used, and copies of a process that has used it draw the same ids:
+    workers then destroy each other's objects in the store.
+    """
+    actor = importlib.import_module("ray.actor")
+    original = actor.ActorClassID
+
+    class Apart(original):  # type: ignore[misc,valid-type]
+        @classmethod
+        def from_random(cls) -> Any:
+            return original(os.urandom(original.size()))
+
+    actor.ActorClassID = Apart  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        actor.ActorClassID = original  # type: ignore[attr-defined]
+
+
+def random_id() -> bytes:
+    """An id from Ray's generator, which is seeded by this, if it was not before."""
+    return bytes(importlib.import_module("ray").ObjectID.from_random().binary())
 
 
 def reread_settings() -> None:

@@ -5,10 +5,10 @@ after it is asked for, spare processes need not wait in numbers (each idle one c
 own ticks), and all share their libraries' memory.
 
 What makes forking safe here: the template has one thread of its own when it forks (libraries that keep a pool, such
-as OpenBLAS and jemalloc, bring handlers for forks), has opened no connection, has not touched a GPU, and imports
-nothing but libraries and shoal. A copy that tries all this goes first (`is_fit`): a template that is not fit ends,
-and workers then start as Ray starts them. A request whose environment differs in a variable that libraries may
-read as they load is refused, and its worker starts so, too.
+as OpenBLAS and jemalloc, bring handlers for forks), has opened no connection, has not touched a GPU or a generator
+of random ids, and imports nothing but libraries and shoal. Copies that try all this go first (`is_fit`): a template
+that is not fit ends, and workers then start as Ray starts them. A request whose environment differs in a variable
+that libraries may read as they load is refused, and its worker starts so, too.
 
 When runs have imported more libraries (`imports`), the template forks a successor that imports those, behind
 whatever else runs, and then takes over. It ends with the raylet that it starts workers for.
@@ -64,13 +64,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Request:
-    """A worker to become: its command line, environment, folder, niceness, limit of open files and streams."""
+    """A worker to become: its command line, environment, folder, niceness, limit of open files, process group, streams."""
 
     argv: list[str]
     environment: dict[str, str]
     cwd: str
     niceness: int
     open_files: int
+    leads_group: bool
     streams: tuple[int, int, int]
 
 
@@ -122,6 +123,8 @@ class Template:
         for at, stream in enumerate(request.streams):
             os.dup2(stream, at)
             os.close(stream)
+        if request.leads_group:
+            os.setpgid(0, 0)  # the raylet ends what a dead worker leaves behind by this group
         os.chdir(request.cwd)
         os.setpriority(os.PRIO_PROCESS, 0, request.niceness)
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -173,7 +176,8 @@ class Template:
         self._environment[_RAYLET] = os.environ[_RAYLET] = pid
         os.environ[_JOB] = self._environment[_JOB] = _ANY_JOB
         self._imported = imports.last_change()
-        imports.import_now()
+        with ray_edge.random_ids_untouched():
+            imports.import_now()
         gc.collect()
         gc.freeze()  # a collector that marks what all copies share would copy every page
         if not is_fit():
@@ -203,7 +207,8 @@ class Template:
         self._news.close()
         self._news = None
         with ours:
-            imports.import_behind_others()
+            with ray_edge.random_ids_untouched():
+                imports.import_behind_others()
             if not is_fit():
                 logger.error("more libraries are not imported ahead: the template would not be fit for it")
                 os._exit(1)
@@ -211,22 +216,32 @@ class Template:
 
 
 def is_fit() -> bool:
-    """Whether a copy of this process can compute, and nothing here is lost in one. Blocks for a moment."""
+    """Whether copies of this process can compute, and draw ids of their own. Blocks for a moment."""
     if threading.active_count() != 1:
         logger.error("threads here: %s", ", ".join(thread.name for thread in threading.enumerate()))
         return False
+    first, second = _try_copy(), _try_copy()
+    if not first or not second:
+        logger.error("a copy could not compute")
+    elif first == second:
+        logger.error("two copies drew the same random id")
+    return bool(first and second and first != second)
+
+
+def _try_copy() -> bytes:
+    """A random id that a copy of this process has drawn after it computed something; empty if it could not."""
     result, ours = socket.socketpair()
     if os.fork() != 0:
         ours.close()
         with result:
             result.settimeout(_PROBE_TIMEOUT_S)
             with contextlib.suppress(TimeoutError):
-                return result.recv(1) == b"+"
-            return False
+                return result.recv(64)
+            return b""
     try:
         signal.alarm(_PROBE_TIMEOUT_S)
         if _computes():
-            ours.sendall(b"+")
+            ours.sendall(ray_edge.random_id())
     finally:
         os._exit(0)
 
