@@ -20,6 +20,8 @@ def noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where it is noted, for a process of a cluster that has not imported `RARE`."""
     monkeypatch.setenv(CLUSTER_ID, "0123456789abcdef")
     monkeypatch.setattr(imports, "run_dir_of", lambda cluster_id: tmp_path)
+    monkeypatch.setattr(imports, "MODULES", ())
+    monkeypatch.setattr(imports, "is_done", False)
     monkeypatch.delitem(sys.modules, RARE, raising=False)
     return tmp_path / "imports.json"
 
@@ -33,7 +35,7 @@ def test_a_library_that_a_run_imported_is_imported_ahead(
     imports.remember_imports()
     assert noted.stat().st_mode & 0o777 == 0o600
     monkeypatch.delitem(sys.modules, RARE)
-    imports.import_remembered()
+    imports.import_now()
     assert RARE in sys.modules
 
 
@@ -61,14 +63,14 @@ def test_what_another_run_imported_stays(noted: Path) -> None:
 @pytest.mark.parametrize("content", ["{", '{"a": 1}', '["no.such.module", 7, "colorsys"]'])
 def test_what_cannot_be_read_or_imported_is_passed_over(noted: Path, content: str) -> None:
     noted.write_text(content)
-    imports.import_remembered()
+    imports.import_now()
     assert (RARE in sys.modules) == ("colorsys" in content)
 
 
 def test_outside_a_cluster_nothing_is_noted_or_imported(noted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(CLUSTER_ID)
     noted.write_text(f'["{RARE}"]')
-    imports.import_remembered()
+    imports.import_now()
     assert RARE not in sys.modules
     noted.unlink()
     imports.remember_imports()
