@@ -64,7 +64,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Request:
-    """A worker to become: its command line, environment, folder, niceness, limit of open files, process group, streams."""
+    """A worker to become: its command line, environment, folder, niceness, limit of open files, group and streams."""
 
     argv: list[str]
     environment: dict[str, str]
@@ -128,7 +128,8 @@ class Template:
         os.chdir(request.cwd)
         os.setpriority(os.PRIO_PROCESS, 0, request.niceness)
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (request.open_files, hard))
+        soft = request.open_files if hard == resource.RLIM_INFINITY else min(request.open_files, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         by_imports = {name: value for name, value in os.environ.items() if name not in self._environment}
         os.environ.clear()
         os.environ.update(by_imports | request.environment)
@@ -157,10 +158,12 @@ class Template:
             except (OSError, ValueError, TypeError):
                 logger.exception("a request that cannot be read")
                 return None
-            if self._raylet is None:
+            if self._raylet is None and _RAYLET in request.environment:
                 self._meet_raylet(request.environment[_RAYLET])
             if differing := self._differing(request.environment):
                 logger.info("a worker starts by itself: %s differ", ", ".join(differing))
+            elif _has_gone(connection):
+                logger.warning("a worker started by itself, after it had waited too long")
             elif os.fork() == 0:
                 return request
             else:
@@ -286,6 +289,13 @@ def _receive(connection: socket.socket) -> Request:
         for stream in streams:
             os.close(stream)
         raise
+
+
+def _has_gone(connection: socket.socket) -> bool:
+    """Whether whoever asked has hung up: then nobody must become what it asked for, a second time."""
+    with contextlib.suppress(BlockingIOError):
+        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    return False
 
 
 def _entries(environment: dict[str, str]) -> list[str]:

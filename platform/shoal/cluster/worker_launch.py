@@ -19,8 +19,8 @@ _SETUP, _WORKER = "setup_worker.py", "default_worker.py"
 _CONTEXT = "--serialized-runtime-env-context="
 _NOT_THE_WORKERS = ("--language=", _CONTEXT)
 """Flags for `_SETUP`, which takes them away before it becomes `_WORKER`."""
-_WAIT_S = 60.0
-"""For a template that is still importing. That takes 4 CPU-seconds, as it would in the worker itself."""
+_WAIT_S = 30.0
+"""For a template that is still importing, which takes 4 CPU-seconds; a worker by itself would have to, too."""
 
 
 def plan(argv: list[str], environment: dict[str, str], python: str, cwd: str) -> dict[str, object] | None:
