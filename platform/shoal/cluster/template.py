@@ -93,6 +93,7 @@ class Template:
 
     def __init__(self, listener: socket.socket) -> None:
         self._listener = listener
+        self._listener.setblocking(False)
         self._environment = dict(os.environ)
         self._path = list(sys.path)
         self._raylet: int | None = None
@@ -150,7 +151,10 @@ class Template:
 
     def _answer_one(self) -> Request | None:
         """Answer one connection; returns the request in the copy, and None here."""
-        connection, _ = self._listener.accept()
+        try:
+            connection, _ = self._listener.accept()
+        except BlockingIOError:  # a successor, or who it succeeds, was faster
+            return None
         with connection:
             connection.settimeout(_REQUEST_TIMEOUT_S)
             try:
