@@ -70,7 +70,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plain]:
         **ray_edge.auth_environment(token),
         **ray_edge.node_environment(),
     )
-    start = ray_edge.start_command(plan, run_dir, num_cpus=3, num_gpus=0)
+    start = [sys.executable, "-m", "ray.scripts.scripts"]
+    start += ray_edge.start_arguments(plan, run_dir, num_cpus=3, num_gpus=0)
     try:
         subprocess.run(
             start,

@@ -193,9 +193,15 @@ def cluster_environment(ports: Mapping[str, int], run_dir: Path, serve_host: str
 
 
 def start_command(ports: Mapping[str, int], run_dir: Path, *, num_cpus: int, num_gpus: int) -> list[str]:
-    """The command line that starts a head node with every listener on loopback and on a port of ours."""
+    """The command line that starts a head node, and the template of its workers."""
     command = [sys.executable, "-m", "shoal.cluster.ray_start", str(run_dir / WORKER_LAUNCHER)]
-    command += [str(template_socket(run_dir)), str(run_dir / "template.log"), "start", "--head"]
+    command += [str(template_socket(run_dir)), str(run_dir / "template.log")]
+    return command + start_arguments(ports, run_dir, num_cpus=num_cpus, num_gpus=num_gpus)
+
+
+def start_arguments(ports: Mapping[str, int], run_dir: Path, *, num_cpus: int, num_gpus: int) -> list[str]:
+    """What follows ``ray`` to start a head node with every listener on loopback and on a port of ours."""
+    command = ["start", "--head"]
     command += [f"--node-ip-address={LOOPBACK}", f"--dashboard-host={LOOPBACK}"]
     command += [f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}"]
     flags = {

@@ -64,14 +64,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Request:
-    """A worker to become: its command line, environment, folder, niceness, limit of open files, group and streams."""
+    """A worker to become: its command line, environment, folder, niceness, limit of open files and streams."""
 
     argv: list[str]
     environment: dict[str, str]
     cwd: str
     niceness: int
     open_files: int
-    leads_group: bool
     streams: tuple[int, int, int]
 
 
@@ -124,8 +123,9 @@ class Template:
         for at, stream in enumerate(request.streams):
             os.dup2(stream, at)
             os.close(stream)
-        if request.leads_group:
-            os.setpgid(0, 0)  # the raylet ends what a dead worker leaves behind by this group
+        # A group of its own, by which the raylet ends what a dead worker leaves behind; and a session, since the
+        # kernel wakes and hangs up stopped processes of our session when we leave to a successor.
+        os.setsid()
         os.chdir(request.cwd)
         os.setpriority(os.PRIO_PROCESS, 0, request.niceness)
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

@@ -47,7 +47,6 @@ def plan(argv: list[str], environment: dict[str, str], python: str, cwd: str) ->
         "cwd": folder,
         "niceness": os.getpriority(os.PRIO_PROCESS, 0),
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        "leads_group": os.getpgrp() == os.getpid(),
     }
 
 

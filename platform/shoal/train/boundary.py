@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from shoal.errors import RecipeError, ShoalError, StorageError
+from shoal.storage import collect_orphans
 from shoal.tracking import RunRecord, RunState
 from shoal.train.cadence import Cadence
 from shoal.train.checkpoint_writer import CheckpointWriter
@@ -57,6 +59,11 @@ class RunBoundary:
             step, self._best = beginning.best
             if self._writer is not None:
                 self._writer.know_best(step, self._best)
+        if self._writer is not None:  # whoever died may not have got to it
+            collect_orphans(self._record.dir)
+            if self._saved_step is not None:
+                with suppress(StorageError):  # the next commit tries again
+                    self._writer.discard_old(self._saved_step)
 
     def catch_up(self, session: Session, beginning: Beginning) -> None:
         """Measure what is due at the step that the run goes on from: who was lost meanwhile may have prevented it."""

@@ -96,7 +96,7 @@ class CheckpointWriter:
                 self._best = (snap.step, value)
             self._on_commit(snap, path, size_bytes, time.monotonic() - started)
             self._failure = None
-            self._discard_old(snap.step)
+            self.discard_old(snap.step)
         except ShoalError as err:
             self._failure = err
             self._on_failure(snap, err)
@@ -104,9 +104,12 @@ class CheckpointWriter:
             self._failure = StorageError(f"writing {path} failed: {type(err).__name__}: {err}")
             self._on_failure(snap, self._failure)
 
-    def _discard_old(self, newest: int) -> None:
-        # Steps beyond the one just committed did not verify, or the run would have gone on from them: they
-        # must not push out what does verify.
+    def discard_old(self, newest: int) -> None:
+        """Delete what is not kept beside the checkpoint at step ``newest``.
+
+        Steps beyond that one did not verify, or the run would have gone on from them: they must not push out what
+        does verify.
+        """
         there = [path for path in self._parent.iterdir() if path.is_dir() and names_checkpoint(path.name)]
         steps = [step for path in there if (step := step_of(path)) <= newest]
         for step in plan_discard(steps, keep=self._keep, best=self._best[0] if self._best else None):
