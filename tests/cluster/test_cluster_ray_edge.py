@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.cluster import haproxy_launch, imports, ports, ray_edge, serve_guard
+from shoal.cluster import haproxy_launch, imports, ports, ray_edge, serve_guard, template, worker_launch
 
 RUN_DIR = Path("/tmp/shoal-0/01234567")
 PORTS = ports.plan(20_000, serve_port=0)
@@ -201,6 +202,132 @@ def test_ray_can_be_told_to_read_its_environment_again() -> None:
     assert callable(Config.initialize)
     assert callable(AuthenticationTokenLoader.instance().reset_cache)
     assert isinstance(ray_constants.ENABLE_RAY_CLUSTER, bool)
+
+
+def function_source(path: str, name: str) -> str:
+    """The text of a function or method in a file of Ray's, up to the next one that begins at its depth."""
+    found = re.search(rf"(?ms)^( *)def {name}\(.*?(?=^\1(?:def|class|async|@)|\Z)", source(path))
+    assert found is not None, f"{path} has no {name}"
+    return found[0]
+
+
+def test_ray_starts_workers_with_what_it_takes_for_python() -> None:
+    command = function_source("_private/services.py", "start_raylet").partition("start_worker_command = (")[2]
+    assert re.match(r"\s*\[\s*sys\.executable,\s*setup_worker_path,\s*\]\s*\+ _site_flags\(\)", command)
+    assert re.search(r"\]\s*\+ _site_flags\(\)[^+]*\+ \[\s*worker_path,", command)
+
+
+def test_the_scripts_of_workers_are_called_as_the_launcher_knows_them() -> None:
+    assert (SITE / "_private/workers" / worker_launch._SETUP).exists()
+    assert (SITE / "_private/workers" / worker_launch._WORKER).exists()
+    constants = source("_private/ray_constants.py")
+    assert f'SETUP_WORKER_FILENAME = "{worker_launch._SETUP}"' in constants
+    # The raylet takes it out of the command of a worker that has no runtime environment.
+    assert worker_launch._SETUP.encode() in (SITE / "core/src/ray/raylet/raylet").read_bytes()
+
+
+def test_a_worker_is_prepared_by_the_flags_that_the_launcher_takes_away() -> None:
+    flags = re.findall(r'add_argument\(\s*"(--[a-z-]+)"', source(f"_private/workers/{worker_launch._SETUP}"))
+    assert sorted(f"{flag}=" for flag in flags) == sorted(worker_launch._NOT_THE_WORKERS)
+
+
+def test_a_runtime_environment_says_no_more_than_the_launcher_reads() -> None:
+    from ray._private.runtime_env.context import RuntimeEnvContext
+
+    plain = RuntimeEnvContext()
+    assert json.loads(plain.serialize()) == {
+        "command_prefix": [],
+        "env_vars": {},
+        "py_executable": sys.executable,
+        "override_worker_entrypoint": None,
+        "java_jars": [],
+    }
+    read = inspect.getsource(worker_launch.plan)
+    assert [name for name in vars(plain) if f'"{name}"' not in read] == []
+    worker = [f"/ray/{worker_launch._WORKER}", f"{worker_launch._CONTEXT}{plain.serialize()}"]
+    assert worker_launch.plan(worker, {}, sys.executable, "/") is not None
+
+
+def test_a_prepared_worker_runs_what_the_launcher_hands_over() -> None:
+    text = function_source("_private/runtime_env/context.py", "exec_worker")
+    assert set(re.findall(r"self\.(\w+)", text)) == {
+        "command_prefix",
+        "env_vars",
+        "py_executable",
+        "override_worker_entrypoint",
+        "java_jars",
+    }
+    assert "cmd = [*self.command_prefix, *executable, *passthrough_args]" in text
+    assert 'executable = ["exec", self.py_executable]' in text
+
+
+def test_only_a_dollar_in_a_variable_of_a_runtime_environment_means_something(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ray._private.utils import update_envs
+
+    for name, value in {"PLAIN": "~ %A% `a` \\ {B}", "DOLLAR": "${NO_SUCH_VARIABLE}/x"}.items():
+        monkeypatch.setenv(name, "")
+        update_envs({name: value})
+        assert (os.environ[name] == value) == ("$" not in value)
+
+
+def test_the_folder_of_a_job_is_a_change_of_folder() -> None:
+    text = source("_private/runtime_env/working_dir.py")
+    assert 'context.command_prefix += ["cd", shlex.quote(str(local_dir)), "&&"]' in text
+    prefixes = re.findall(r"command_prefix \+?= \[(.*)\]", text)
+    assert [prefix for prefix in prefixes if '"/d"' not in prefix] == [
+        '"cd", shlex.quote(str(local_dir)), "&&"'
+    ]  # the other one is for Windows
+
+
+@pytest.mark.parametrize("name", [template._RAYLET, template._JOB])
+def test_rays_core_reads_what_a_copy_is_told_of(name: str) -> None:
+    assert name.encode() in (SITE / "_raylet.so").read_bytes()
+
+
+def test_rays_core_follows_the_environment_when_it_is_told_to() -> None:
+    code = (
+        "import os; from ray._raylet import Config; from shoal.cluster import ray_edge\n"
+        "def read(): return Config.worker_register_timeout_seconds(), Config.health_check_period_ms()\n"
+        "before = read(); os.environ['RAY_worker_register_timeout_seconds'] = '61'; late = read()\n"
+        "ray_edge.reread_settings(); print(before, late, read())"
+    )
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+        "PYTHONPATH": str(Path(ray_edge.__file__).parents[2]),
+        "RAY_health_check_period_ms": "3210",
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "(60, 3210) (60, 3210) (61, 3210)", done.stderr
+
+
+def copies_draw(before: str) -> list[str]:
+    """The ids that two copies of a process draw which has run that first."""
+    code = (
+        "import os, ray, ray.actor; from shoal.cluster import ray_edge; original = ray.actor.ActorClassID\n"
+        f"{before}\n"
+        "for _ in range(2):\n"
+        "    if (pid := os.fork()) == 0: os.write(1, ray_edge.random_id().hex().encode() + b' '); os._exit(0)\n"
+        "    os.waitpid(pid, 0)\n"
+        "assert ray.actor.ActorClassID is original"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(ray_edge.__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_copies_draw_different_ids_where_rays_generator_is_untouched() -> None:
+    make = "first, second = (ray.remote(type('Actor', (), {})) for _ in range(2))"
+    first, second = copies_draw(
+        f"with ray_edge.random_ids_untouched(): {make}\n"
+        "ids = [made.__ray_metadata__.class_id for made in (first, second)]\n"
+        "assert ids[0] != ids[1] and [type(found) for found in ids] == [original] * 2"
+    )
+    assert first != second
+    first, second = copies_draw(make)
+    assert first == second, "Ray seeds its generator in every copy by now: random_ids_untouched can go"
 
 
 CONFIG = """\

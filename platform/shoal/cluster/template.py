@@ -297,9 +297,13 @@ def _receive(connection: socket.socket) -> Request:
 
 def _has_gone(connection: socket.socket) -> bool:
     """Whether whoever asked has hung up: then nobody must become what it asked for, a second time."""
-    with contextlib.suppress(BlockingIOError):
-        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-    return False
+    connection.setblocking(False)
+    try:
+        return connection.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
 
 
 def _entries(environment: dict[str, str]) -> list[str]:
