@@ -64,13 +64,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Request:
-    """A worker to become: its command line, environment, folder, niceness, limit of open files and streams."""
+    """A worker to become: its command line, environment, folder, limits and streams."""
 
     argv: list[str]
     environment: dict[str, str]
     cwd: str
     niceness: int
     open_files: int
+    oom_score_adj: str
     streams: tuple[int, int, int]
 
 
@@ -96,7 +97,9 @@ class Template:
         self._environment = dict(os.environ)
         self._path = list(sys.path)
         self._raylet: int | None = None
+        """A descriptor that is readable once the raylet has ended."""
         self._stays_until = time.monotonic() + _NO_RAYLET_S
+        self._num_threads = 0
         self._imported: float | None = None
         self._news: socket.socket | None = None
 
@@ -104,21 +107,24 @@ class Template:
         """What this copy is to become; None when this process is to end. Blocks meanwhile."""
         imports.import_now(imports.TORCH)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # copies that ended need nobody to ask after them
-        while self._is_wanted():
-            ready, _, _ = select.select([self._listener, *self._news_of_successor()], [], [], _TICK_S)
-            if self._news in ready:
-                if self._successor_serves():
-                    return None
-            elif self._listener in ready:
-                if (request := self._answer_one()) is not None:
-                    return request
-            elif self._raylet and self._news is None and self._imported != imports.last_change():
+        while self._raylet is not None or time.monotonic() < self._stays_until:
+            watched = [item for item in (self._listener, self._news, self._raylet) if item is not None]
+            ready, _, _ = select.select(watched, [], [], _TICK_S)
+            if self._raylet in ready or (self._news in ready and self._successor_serves()):
+                return None
+            if self._listener in ready and (request := self._answer_one()) is not None:
+                return request
+            if self._raylet is not None and self._news is None and self._imported != imports.last_change():
                 self._raise_successor()
         return None
 
     def adopt(self, request: Request) -> None:
         """Make this copy what the interpreter would be that began with ``request``, up to its first line."""
         self._listener.close()
+        if self._news is not None:
+            self._news.close()
+        if self._raylet is not None:
+            os.close(self._raylet)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for at, stream in enumerate(request.streams):
             os.dup2(stream, at)
@@ -131,6 +137,8 @@ class Template:
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         soft = request.open_files if hard == resource.RLIM_INFINITY else min(request.open_files, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        with contextlib.suppress(OSError):  # less than the template's needs a privilege
+            Path("/proc/self/oom_score_adj").write_text(request.oom_score_adj)
         by_imports = {name: value for name, value in os.environ.items() if name not in self._environment}
         os.environ.clear()
         os.environ.update(by_imports | request.environment)
@@ -144,10 +152,17 @@ class Template:
         ray_edge.reread_settings()
         _part_random_numbers()
 
-    def _is_wanted(self) -> bool:
-        if self._raylet is None:
-            return time.monotonic() < self._stays_until
-        return _is_running(self._raylet)
+    def _become(self, request: Request, connection: socket.socket) -> None:
+        """Adopt it in a copy and say so; a copy that cannot, or of which nobody waits to hear, ends.
+
+        Whoever asked and hears nothing starts the worker by itself: it must not be there twice.
+        """
+        try:
+            self.adopt(request)
+            connection.sendall(b"+")
+        except BaseException:
+            logger.exception("this copy is not needed")
+            os._exit(1)
 
     def _answer_one(self) -> Request | None:
         """Answer one connection; returns the request in the copy, and None here."""
@@ -159,27 +174,23 @@ class Template:
             connection.settimeout(_REQUEST_TIMEOUT_S)
             try:
                 request = _receive(connection)
-            except (OSError, ValueError, TypeError):
+            except (OSError, ValueError, TypeError, AttributeError):
                 logger.exception("a request that cannot be read")
                 return None
             if self._raylet is None and _RAYLET in request.environment:
                 self._meet_raylet(request.environment[_RAYLET])
             if differing := self._differing(request.environment):
                 logger.info("a worker starts by itself: %s differ", ", ".join(differing))
-            elif _has_gone(connection):
-                logger.warning("a worker started by itself, after it had waited too long")
-            elif os.fork() == 0:
+            elif _fork() == 0:
+                self._become(request, connection)
                 return request
-            else:
-                with contextlib.suppress(OSError):
-                    connection.sendall(b"+")
             for stream in request.streams:
                 os.close(stream)
         return None
 
     def _meet_raylet(self, pid: str) -> None:
         """Import Ray, whose core reads the raylet's and the job's id once, as it is loaded."""
-        self._raylet = int(pid)
+        self._raylet = os.pidfd_open(int(pid))
         self._environment[_RAYLET] = os.environ[_RAYLET] = pid
         os.environ[_JOB] = self._environment[_JOB] = _ANY_JOB
         self._imported = imports.last_change()
@@ -189,14 +200,12 @@ class Template:
         gc.freeze()  # a collector that marks what all copies share would copy every page
         if not is_fit():
             raise SystemExit("workers are not forked: the template is not fit for it")
+        self._num_threads = _num_native_threads()  # of the libraries that are known to survive it
 
     def _differing(self, environment: dict[str, str]) -> list[str]:
         """Variables of that environment that libraries may have read here with another value."""
         names = {*environment, *self._environment} - _FREE_TO_DIFFER
         return sorted(name for name in names if environment.get(name) != self._environment.get(name))
-
-    def _news_of_successor(self) -> list[socket.socket]:
-        return [self._news] if self._news is not None else []
 
     def _successor_serves(self) -> bool:
         assert self._news is not None
@@ -216,8 +225,8 @@ class Template:
         with ours:
             with ray_edge.random_ids_untouched():
                 imports.import_behind_others()
-            if not is_fit():
-                logger.error("more libraries are not imported ahead: the template would not be fit for it")
+            if not is_fit() or _num_native_threads() > self._num_threads:
+                logger.error("more libraries are not imported ahead: one has threads, or the like")
                 os._exit(1)
             ours.sendall(b"+")
 
@@ -275,7 +284,6 @@ def main(fd: int) -> None:
     template = Template(socket.socket(fileno=fd))
     request = template.serve()
     if request is not None:
-        template.adopt(request)
         logging.getLogger().handlers.clear()
         run(request)
 
@@ -295,15 +303,13 @@ def _receive(connection: socket.socket) -> Request:
         raise
 
 
-def _has_gone(connection: socket.socket) -> bool:
-    """Whether whoever asked has hung up: then nobody must become what it asked for, a second time."""
-    connection.setblocking(False)
+def _fork() -> int | None:
+    """As os.fork; None when there are no processes or no memory for one more."""
     try:
-        return connection.recv(1) == b""
-    except BlockingIOError:
-        return False
-    except ConnectionResetError:
-        return True
+        return os.fork()
+    except OSError:
+        logger.exception("a worker starts by itself")
+        return None
 
 
 def _entries(environment: dict[str, str]) -> list[str]:
@@ -320,11 +326,8 @@ def _part_random_numbers() -> None:
     multiprocessing.current_process().authkey = os.urandom(32)
 
 
-def _is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
+def _num_native_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ def plan(argv: list[str], environment: dict[str, str], python: str, cwd: str) ->
         "cwd": folder,
         "niceness": os.getpriority(os.PRIO_PROCESS, 0),
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "oom_score_adj": _oom_score_adj(),
     }
 
 
@@ -67,9 +68,18 @@ def ask(request: dict[str, object], path: str, wait_s: float) -> bool:
 def main(argv: list[str]) -> None:
     """``PYTHON SOCKET ARGUMENTS...``: have the template run the arguments, or become ``PYTHON ARGUMENTS...``."""
     python, path, *arguments = argv
-    request = plan(arguments, dict(os.environ), python, os.getcwd())
+    try:
+        request = plan(arguments, dict(os.environ), python, os.getcwd())
+    except (ValueError, TypeError, OSError):  # Ray's own launcher will say what is wrong with it
+        request = None
     if request is None or not ask(request, path, _WAIT_S):
         os.execv(python, [python, *arguments])
+
+
+def _oom_score_adj() -> str:
+    """How soon the kernel ends this process for want of memory: the raylet has just set it, by this pid."""
+    with open("/proc/self/oom_score_adj") as file:
+        return file.read().strip()
 
 
 def _folder(prefix: list[str], cwd: str) -> str | None:
