@@ -156,7 +156,7 @@ def test_every_worker_imports_the_guard() -> None:
 
 
 @pytest.mark.slow
-def test_what_torch_imports_late_is_preloaded() -> None:
+def test_what_torch_imports_late_is_imported_ahead() -> None:
     code = (
         "import sys, torch; assert 'torch._dynamo' not in sys.modules; torch.manual_seed(0); "
         "torch.optim.SGD([torch.zeros(1)], lr=1.0); print('torch._dynamo' in sys.modules); "
@@ -169,7 +169,7 @@ def test_what_torch_imports_late_is_preloaded() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", imports.MODULES)
-def test_what_is_preloaded_can_be_imported(name: str) -> None:
+def test_what_is_imported_ahead_can_be_imported(name: str) -> None:
     assert importlib.import_module(name).__name__ == name
 
 

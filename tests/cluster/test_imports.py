@@ -21,7 +21,6 @@ def noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(CLUSTER_ID, "0123456789abcdef")
     monkeypatch.setattr(imports, "run_dir_of", lambda cluster_id: tmp_path)
     monkeypatch.setattr(imports, "MODULES", ())
-    monkeypatch.setattr(imports, "is_done", False)
     monkeypatch.delitem(sys.modules, RARE, raising=False)
     return tmp_path / "imports.json"
 

@@ -53,7 +53,8 @@ def test_a_job_has_its_folder_and_variables(tmp_path: Path) -> None:
         command_prefix=["cd", str(tmp_path), "&&"], env_vars={"B": "3"}, py_executable=PYTHON
     )
     assert asked is not None
-    assert (asked["cwd"], asked["environment"]) == (str(tmp_path), {"A": "1", "B": "3"})
+    folders = {"PWD": str(tmp_path), "OLDPWD": "/somewhere"}  # as `cd` in a shell would
+    assert (asked["cwd"], asked["environment"]) == (str(tmp_path), {"A": "1", "B": "3", **folders})
 
 
 @pytest.mark.parametrize(

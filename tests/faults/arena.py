@@ -285,7 +285,9 @@ def stage(scenario: Scenario, folder: Path) -> None:
         os.setpgid(0, 0)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         play(scenario, folder)
-        os.write(1, f"{folder}\n".encode())  # in one piece, whatever PYTHONUNBUFFERED says: all stages share the pipe
+        os.write(
+            1, f"{folder}\n".encode()
+        )  # in one piece, whatever PYTHONUNBUFFERED says: all stages share the pipe
     except BaseException:
         traceback.print_exc()
     finally:

@@ -20,6 +20,7 @@ import shoal
 from shoal.errors import CorruptError, PeerLost, RecipeError, StorageError
 from shoal.recipe import maximize
 from shoal.storage import MANIFEST, Storage, commit, verify
+from shoal.storage.owner import Owner
 from shoal.tracking import RunRecord, RunState
 from shoal.train import boundary, cadence, checkpoint_writer, checkpoints
 from shoal.train.driver import prepare
@@ -171,6 +172,20 @@ def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path: Path) -> None:
     best = record.best_checkpoint(maximize("accuracy"))
     assert best is not None
     assert best["step"] == 5
+
+
+def test_what_a_dead_attempt_left_is_deleted_when_the_next_begins(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, Toy(eval_every=20), keep=1)
+    record = train(spec)
+    newest, *others = sorted(record.checkpoints_dir.glob("step-*"), reverse=True)
+    for step in (10, 20, 30):
+        if not (place := checkpoint_path(record.checkpoints_dir, step)).exists():
+            shutil.copytree(newest, place)  # it died when it had committed, and before it deleted
+    dead = replace(Owner.here(), started=1)
+    (record.dir / f".data.json.{dead}-01234567.tmp").write_text("half")
+    train(spec)
+    assert set(record.checkpoints_dir.iterdir()) == {newest, *others}
+    assert list(record.dir.glob(".*")) == []
 
 
 def test_asked_to_stop_it_commits_and_the_same_command_goes_on_to_the_same_weights(tmp_path: Path) -> None:

@@ -1,11 +1,10 @@
 """What workers import ahead of need: torch, Ray Train, and the libraries that earlier runs of the cluster imported.
 
-The template of all workers does it once (`template`); a process that starts without one does it before it takes
-work, mostly while a run trains on every core. That is 4 CPU-seconds: at normal priority they cost that run 40 % of
-its speed while they last, at nice 15 still 30 %, in SCHED_IDLE a sixth (2 cores, gloo, 2026-11): a worker that
-waited for its peer then has its core back at once, though not its caches. So they run in a thread of that class,
-and the process waits for the thread. On an idle core they are as fast as ever; on one that is never idle they are
-promoted after a while, so that whoever was given this process does not wait for ever.
+The template of all workers (`template`) imports this once, before the first worker. What runs add later, its
+successor imports beside them, mostly while one trains on every core. At normal priority 4 CPU-seconds of imports cost
+a run 40 % of its speed while they last, at nice 15 still 30 %, in SCHED_IDLE a sixth (2 cores, gloo, 2026-11): a
+worker that waited for its peer then has its core back at once, though not its caches. So a successor imports in a
+thread of that class. On cores that are never idle it is promoted after a while, or the successor would never serve.
 
 A recipe imports what it needs when it builds its data or model; scikit-learn takes a second for that, others five.
 A process that replaces a worker in the middle of a run has that behind it. Libraries only: code of the project,
@@ -65,14 +64,8 @@ def remember_imports() -> None:
         logger.warning("could not note what runs import", exc_info=True)
 
 
-is_done = False
-"""Whether this process, or the template it is a copy of, has imported ahead."""
-
-
 def import_now(only: tuple[str, ...] | None = None) -> None:
     """Import it all, or ``only`` these, at this process's priority; what cannot be imported is left out."""
-    global is_done
-    is_done = True
     path = _path()
     for name in only or (*MODULES, *(_read(path) if path else ())):
         if name not in sys.modules:
@@ -84,7 +77,6 @@ def import_now(only: tuple[str, ...] | None = None) -> None:
 
 def import_behind_others() -> None:
     """Import in a thread that gives way, and wait for it; what runs later runs at the usual priority."""
-    importlib.import_module("numpy")  # OpenBLAS makes its threads now, and threads inherit priority
     thread = threading.Thread(target=_give_way_and_import, name="shoal-imports")
     thread.start()
     thread.join(_PROMOTED_AFTER_S)

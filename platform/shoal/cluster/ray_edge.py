@@ -1,4 +1,4 @@
-"""Every private name of Ray that a cluster of ours leans on: flags, environment, templates.
+"""Every private name of Ray that a cluster of ours leans on: flags, environment, launchers.
 
 None of this is public API. ``tests/cluster/test_cluster_ray_edge.py`` checks each name against the installed Ray,
 so that an upgrade fails there, loudly, and not in a cluster that listens on the wrong address. Versions:
@@ -237,17 +237,17 @@ def haproxy_binary() -> str:
 
 def haproxy_launcher(binary: str) -> str:
     """The text of the small script that Serve starts in HAProxy's place; see ``haproxy_launch.py``."""
-    launcher = Path(__file__).with_name("haproxy_launch.py")
-    command = shlex.join([sys.executable, "-I", "-S", str(launcher), binary])
-    return f'#!/bin/sh\nexec {command} "$@"\n'
+    return _script("haproxy_launch.py", binary)
 
 
 def worker_launcher(run_dir: Path) -> str:
     """The text of the small script that Ray starts in Python's place; see ``worker_launch.py``."""
-    launcher = Path(__file__).with_name("worker_launch.py")
-    command = shlex.join(
-        [sys.executable, "-I", "-S", str(launcher), sys.executable, str(template_socket(run_dir))]
-    )
+    return _script("worker_launch.py", sys.executable, str(template_socket(run_dir)))
+
+
+def _script(name: str, *arguments: str) -> str:
+    """The text of a small script that runs a file beside this one, without shoal and site packages."""
+    command = shlex.join([sys.executable, "-I", "-S", str(Path(__file__).with_name(name)), *arguments])
     return f'#!/bin/sh\nexec {command} "$@"\n'
 
 
@@ -307,7 +307,10 @@ def random_id() -> bytes:
 
 
 def reread_settings() -> None:
-    """Make Ray's core, which reads the environment once, follow it as it is now: ``RAY_JOB_ID`` and all settings."""
+    """Make Ray's settings (``RAY_<name>``), which its core reads once, follow the environment as it is now.
+
+    Not ``RAY_JOB_ID`` and ``RAY_RAYLET_PID``: no call makes it read those again.
+    """
     importlib.import_module("ray._raylet").Config.initialize("")
 
 

@@ -6,31 +6,28 @@ what is not a worker. The template starts here, so that its imports overlap with
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
 
-def main(launcher: str, socket_path: str, log_path: str) -> None:
-    """Start the template, then Ray's head node with the rest of the command line."""
+def main(launcher: str, socket_path: str, log_path: str, *arguments: str) -> None:
+    """Start the template, then run ``ray`` with ``arguments``."""
     from shoal.cluster.template import bind
 
     with bind(socket_path) as listener, open(log_path, "ab") as log:
-        os.set_inheritable(listener.fileno(), True)
         subprocess.Popen(
             [sys.executable, "-m", "shoal.cluster.template", str(listener.fileno())],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            close_fds=True,
             pass_fds=[listener.fileno()],
         )
     from ray.scripts.scripts import main as ray
 
     sys.executable = launcher
-    sys.argv = ["ray", *sys.argv[4:]]
+    sys.argv = ["ray", *arguments]
     ray()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    main(*sys.argv[1:])

@@ -29,6 +29,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +58,8 @@ _FREE_TO_DIFFER = frozenset(
         "LC_CTYPE",
     }
 )
-"""Variables that no library reads as it loads; PYTHONPATH is carried out by hand."""
+"""Variables that no library reads as it loads; but PYTHONPATH, which is carried out by hand, RAY_JOB_ID, for which
+see `_ANY_JOB`, and RAY_CLIENT_MODE, which Ray itself sets as it is imported."""
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +108,6 @@ class Template:
     def serve(self) -> Request | None:
         """What this copy is to become; None when this process is to end. Blocks meanwhile."""
         imports.import_now(imports.TORCH)
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # copies that ended need nobody to ask after them
         while self._raylet is not None or time.monotonic() < self._stays_until:
             watched = [item for item in (self._listener, self._news, self._raylet) if item is not None]
             ready, _, _ = select.select(watched, [], [], _TICK_S)
@@ -160,8 +161,10 @@ class Template:
         try:
             self.adopt(request)
             connection.sendall(b"+")
+        except BrokenPipeError:  # whoever asked has started the worker by itself
+            os._exit(1)
         except BaseException:
-            logger.exception("this copy is not needed")
+            logger.exception("a copy could not become a worker")
             os._exit(1)
 
     def _answer_one(self) -> Request | None:
@@ -194,10 +197,7 @@ class Template:
         self._environment[_RAYLET] = os.environ[_RAYLET] = pid
         os.environ[_JOB] = self._environment[_JOB] = _ANY_JOB
         self._imported = imports.last_change()
-        with ray_edge.random_ids_untouched():
-            imports.import_now()
-        gc.collect()
-        gc.freeze()  # a collector that marks what all copies share would copy every page
+        _import(imports.import_now)
         if not is_fit():
             raise SystemExit("workers are not forked: the template is not fit for it")
         self._num_threads = _num_native_threads()  # of the libraries that are known to survive it
@@ -216,19 +216,33 @@ class Template:
     def _raise_successor(self) -> None:
         """Fork a template that imports what is new, behind whatever else runs, and then serves in our place."""
         self._imported = imports.last_change()
-        self._news, ours = socket.socketpair()
-        if os.fork() != 0:
+        news, ours = socket.socketpair()
+        pid = _fork()
+        if pid is None:
+            news.close()
             ours.close()
             return
-        self._news.close()
-        self._news = None
+        if pid != 0:
+            ours.close()
+            self._news = news
+            return
+        news.close()
         with ours:
-            with ray_edge.random_ids_untouched():
-                imports.import_behind_others()
+            _import(imports.import_behind_others)
             if not is_fit() or _num_native_threads() > self._num_threads:
                 logger.error("more libraries are not imported ahead: one has threads, or the like")
                 os._exit(1)
             ours.sendall(b"+")
+
+
+def _import(do: Callable[[], None]) -> None:
+    """Import what copies will share, as if nothing was special here, and put it out of the collector's reach."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # for modules that run a program as they load
+    with ray_edge.random_ids_untouched():
+        do()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # copies that ended need nobody to ask after them
+    gc.collect()
+    gc.freeze()  # a collector that marks what all copies share would copy every page
 
 
 def is_fit() -> bool:
@@ -258,6 +272,8 @@ def _try_copy() -> bytes:
         signal.alarm(_PROBE_TIMEOUT_S)
         if _computes():
             ours.sendall(ray_edge.random_id())
+    except BaseException:
+        logger.exception("a copy could not compute")
     finally:
         os._exit(0)
 
@@ -280,11 +296,15 @@ def run(request: Request) -> None:
 
 def main(fd: int) -> None:
     """Serve on the listening socket with that number."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s template: %(message)s")
-    template = Template(socket.socket(fileno=fd))
-    request = template.serve()
+    root = logging.getLogger()
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s template: %(message)s"))
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    request = Template(socket.socket(fileno=fd)).serve()
     if request is not None:
-        logging.getLogger().handlers.clear()
+        root.removeHandler(handler)
+        root.setLevel(logging.WARNING)
         run(request)
 
 
@@ -308,7 +328,7 @@ def _fork() -> int | None:
     try:
         return os.fork()
     except OSError:
-        logger.exception("a worker starts by itself")
+        logger.exception("no copy can be made now")
         return None
 
 
@@ -322,7 +342,7 @@ def _part_random_numbers() -> None:
 
     import numpy as np
 
-    np.random.seed(int.from_bytes(os.urandom(4), "big"))
+    np.random.seed()  # from the system
     multiprocessing.current_process().authkey = os.urandom(32)
 
 

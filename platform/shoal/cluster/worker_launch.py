@@ -43,7 +43,7 @@ def plan(argv: list[str], environment: dict[str, str], python: str, cwd: str) ->
         return None
     return {
         "argv": [part for part in argv if not part.startswith(_NOT_THE_WORKERS)],
-        "environment": environment | variables,
+        "environment": environment | variables | ({"PWD": folder, "OLDPWD": cwd} if folder != cwd else {}),
         "cwd": folder,
         "niceness": os.getpriority(os.PRIO_PROCESS, 0),
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
@@ -60,7 +60,13 @@ def ask(request: dict[str, object], path: str, wait_s: float) -> bool:
             connection.connect(path)
             socket.send_fds(connection, [len(body).to_bytes(8, "big")], [0, 1, 2])
             connection.sendall(body)
-            return connection.recv(1) == b"+"
+            try:
+                return connection.recv(1) == b"+"
+            except TimeoutError:
+                connection.shutdown(
+                    socket.SHUT_RD
+                )  # from here on a copy cannot say that it runs; it may just have
+                return connection.recv(1) == b"+"
     except OSError:
         return False
 

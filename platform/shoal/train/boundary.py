@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import logging
 from pathlib import Path
 
 from shoal.errors import RecipeError, ShoalError, StorageError
@@ -21,6 +21,8 @@ from shoal.train.stamp import checkpoint_path
 
 WRITE_SLICE_S = 5.0
 """How long rank 0 waits for a checkpoint to be written before it tells its peers that it still does."""
+
+logger = logging.getLogger(__name__)
 
 
 class RunBoundary:
@@ -53,17 +55,25 @@ class RunBoundary:
         )
 
     def begin(self, beginning: Beginning) -> None:
-        """Know what is on disk already: nothing is saved twice, and only a better model is the best."""
+        """Know what is on disk already: nothing is saved twice, and only a better model is the best.
+
+        Deletes what an attempt that died left there.
+        """
         self._saved_step = beginning.saved_step
         if beginning.best is not None:
             step, self._best = beginning.best
             if self._writer is not None:
                 self._writer.know_best(step, self._best)
-        if self._writer is not None:  # whoever died may not have got to it
+        if self._writer is not None:
+            self._delete_leftovers(self._writer)
+
+    def _delete_leftovers(self, writer: CheckpointWriter) -> None:
+        try:
             collect_orphans(self._record.dir)
             if self._saved_step is not None:
-                with suppress(StorageError):  # the next commit tries again
-                    self._writer.discard_old(self._saved_step)
+                writer.discard_old(self._saved_step)
+        except (StorageError, OSError):
+            logger.warning("leftovers in %s stay until the next commit", self._record.dir, exc_info=True)
 
     def catch_up(self, session: Session, beginning: Beginning) -> None:
         """Measure what is due at the step that the run goes on from: who was lost meanwhile may have prevented it."""
@@ -206,7 +216,7 @@ class RunBoundary:
         In slices: a disk may need longer for a checkpoint than a rank waits for its peers in one collective.
         """
         while not self._group.share(self._writer is None or self._writer.join(timeout_s=WRITE_SLICE_S)):
-            pass
+            self._delete_leftovers(self._writer)
 
     def _is_committed(self, session: Session) -> bool:
         """Whether this boundary is on the disk, so that another number of workers can go on from here; waits for it.

@@ -109,6 +109,10 @@ class CheckpointWriter:
 
         Steps beyond that one did not verify, or the run would have gone on from them: they must not push out what
         does verify.
+
+        Raises:
+            StorageError: one cannot be deleted.
+            OSError: the folder cannot be listed.
         """
         there = [path for path in self._parent.iterdir() if path.is_dir() and names_checkpoint(path.name)]
         steps = [step for path in there if (step := step_of(path)) <= newest]

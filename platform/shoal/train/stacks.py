@@ -57,9 +57,11 @@ def dump_by_signal(pid: int, *, timeout_s: float) -> str:
             os.kill(pid, _SIGNAL)
             os.kill(pid, signal.SIGCONT)
             deadline = time.monotonic() + timeout_s
-            # The kernel blocks the signal in the thread that handles it, until all is written.
+            # Pending until a thread takes it; the kernel blocks it in that thread until all is written.
             while time.monotonic() < deadline and (
-                os.fstat(log.fileno()).st_size == begin or _threads_that_block(pid) - deaf
+                os.fstat(log.fileno()).st_size == begin
+                or _has_signal(f"/proc/{pid}/status", "ShdPnd:")
+                or _threads_that_block(pid) - deaf
             ):
                 time.sleep(0.02)
             log.seek(begin)
