@@ -216,7 +216,7 @@ class RunBoundary:
         In slices: a disk may need longer for a checkpoint than a rank waits for its peers in one collective.
         """
         while not self._group.share(self._writer is None or self._writer.join(timeout_s=WRITE_SLICE_S)):
-            self._delete_leftovers(self._writer)
+            pass
 
     def _is_committed(self, session: Session) -> bool:
         """Whether this boundary is on the disk, so that another number of workers can go on from here; waits for it.
