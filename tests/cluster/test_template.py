@@ -280,6 +280,8 @@ def test_nothing_remains_of_a_copy_that_ended(template: Served) -> None:
         template.run("pass", OMP_NUM_THREADS="7")
     wait_until(lambda: not server.children(), lambda: f"zombies or copies: {server.children()}")
     wait_no_more_open(server.pid, before)
+    assert server.children() == []
+    assert open_files(server.pid) <= before
 
 
 UNREADABLE = (

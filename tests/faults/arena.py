@@ -211,7 +211,7 @@ class _Play:
             while data := os.read(self.hear, 1 << 16):
                 self.rest += data
         except BlockingIOError:
-            pass
+            pass  # all that was said is read
         *lines, self.rest = self.rest.split(b"\n")
         with open(self.folder / "seen.jsonl", "ab") as file:
             for line in lines:
