@@ -1,6 +1,8 @@
 """Steps per second of a run on shoal beside the same recipe under bare ``torchrun`` DDP, 2 workers each.
 
-``python -m benchmarks.train``, on a machine with nothing else to do. Each round starts both anew and lets them
+    python -m benchmarks.train [--rounds 7] [--cases "digits MLP,transformer 10M"] [--saves off,on]
+
+On a machine with nothing else to do. Each round starts both anew and lets them
 run in alternating slices of seconds (`benchmarks.slices`); without checkpoints and with one every 2 s (the peer:
 ``torch.save`` and fsync on rank 0). One torch thread on both sides. The interval is over rounds.
 
@@ -10,12 +12,13 @@ the goal is about; and *beside* an idle cluster, to tell what the run itself cos
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -31,10 +34,10 @@ from benchmarks.slices import Side, Slot, alternate, rates_by_round, stopped, wa
 from shoal.cluster.processes import find
 
 GOAL = 0.97
-ROUNDS = 7
 SLICES = {"digits MLP": (1.0, 10), "transformer 10M": (4.0, 4)}
 """How long a slice is, in seconds, and how many of each kind a round has."""
-SAVE_EVERY_S = 2.0
+SAVES = {"off": 0.0, "on": 2.0}
+"""Seconds between two checkpoints; 0 for none."""
 SAVE_SLICES = (5.0, 3)
 """The same with checkpoints: every slice has two."""
 CLUSTER = "version: 1\nname: bench-train\nserve: {port: 0}\ntargets: {local: {cpu: 2}}\n"
@@ -111,8 +114,25 @@ def one_round(cluster: shoal.Cluster, case: str, save_every_s: float) -> list[tu
         )
 
 
+def choices(option: str, text: str, known: Iterable[str], parser: argparse.ArgumentParser) -> list[str]:
+    """The names in a comma-separated option, in its order."""
+    names = text.split(",")
+    if unknown := sorted(set(names) - set(known)):
+        parser.error(f"{option}: {', '.join(unknown)} unknown; there are {', '.join(known)}")
+    return names
+
+
 def main() -> int:
     """Measure, print the table, and return 1 if a goal is not met."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7, help="default 7, half an hour; an interval needs 2")
+    parser.add_argument("--cases", default=",".join(CASES), help=f'default "{",".join(CASES)}"')
+    parser.add_argument("--saves", default=",".join(SAVES), help=f"default {','.join(SAVES)}")
+    asked = parser.parse_args()
+    cases = choices("--cases", asked.cases, CASES, parser)
+    saves = choices("--saves", asked.saves, SAVES, parser)
+    if asked.rounds < 2:
+        parser.error(f"--rounds {asked.rounds}: an interval needs 2 or more")
     console = Console(width=100)
     table = Table(
         title=f"steps/s, shoal / bare torchrun DDP (goal: lower bound of the first at least {GOAL})"
@@ -121,10 +141,10 @@ def main() -> int:
         table.add_column(column)
     met = True
     with own_cluster(CLUSTER) as cluster:
-        for case in CASES:
-            for save_every_s in (0.0, SAVE_EVERY_S):
+        for case in cases:
+            for save_every_s in (SAVES[name] for name in saves):
                 rounds = []
-                for _ in range(ROUNDS):
+                for _ in range(asked.rounds):
                     rounds.append(one_round(cluster, case, save_every_s))
                     cycles = ", ".join("/".join(f"{rate:.4g}" for rate in cycle) for cycle in rounds[-1])
                     print(f"  {case}, steps/s shoal/alone/beside: {cycles}", flush=True)

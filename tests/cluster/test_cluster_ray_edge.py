@@ -77,6 +77,13 @@ def test_rays_binaries_read_the_settings_that_no_python_reads(name: str) -> None
     assert name.removeprefix("RAY_").encode() in (SITE / "core/src/ray/raylet/raylet").read_bytes()
 
 
+@pytest.mark.parametrize("name", sorted(ray_edge.RARE_LOOKS))
+def test_ray_reads_how_often_it_looks(name: str) -> None:
+    readers = ["_private/log_monitor.py", "dashboard/consts.py"]
+    readers += [f"dashboard/modules/{module}/{module}_consts.py" for module in ("event", "reporter")]
+    assert sum(f'"{name}"' in source(path) for path in readers) == 1
+
+
 def test_ray_start_has_every_flag() -> None:
     from ray.scripts.scripts import start
 

@@ -43,6 +43,33 @@ def test_it_is_set_up_until_a_steps_duration_is_known(heart: Heart, clock: Clock
     assert heart.read().age_s == 3.0
 
 
+def test_who_waits_for_something_to_tell_waits_only_while_steps_follow_each_other(
+    heart: Heart, clock: Clock
+) -> None:
+    def is_told_at_once() -> bool:
+        return heart.wait_while_uneventful(0.0)
+
+    told = threading.Thread(target=heart.wait_while_uneventful, args=(60.0,))
+
+    def attempt() -> None:
+        with heart.attempt():
+            assert is_told_at_once()
+            steps(heart, clock, 1.0, 1.0)
+            assert not is_told_at_once()
+            with heart.during("save"):
+                assert is_told_at_once()
+            assert not is_told_at_once()
+            told.start()
+            raise RuntimeError("a peer was lost")
+
+    assert is_told_at_once()  # nothing of ours runs, or it is being set up
+    with pytest.raises(RuntimeError, match="a peer was lost"):
+        attempt()
+    told.join(10)
+    assert not told.is_alive()
+    assert is_told_at_once()
+
+
 def test_the_median_is_that_of_the_last_steps(heart: Heart, clock: Clock) -> None:
     steps(heart, clock, 1.0, *[9.0] * NUM_DURATIONS)
     assert heart.read().step_s == 9.0

@@ -71,6 +71,8 @@ RELIED_ON: list[tuple[str, str, tuple[str, ...]]] = [
     (f"{_V2}.execution.worker_group", "WorkerGroup._worker_cls", ()),
     (f"{_V2}.execution.worker_group", "WorkerGroup.poll_status", ("timeout",)),
     (f"{_V2}.execution.worker_group", "WorkerGroup._poll_workers_and_collect_errors", ("timeout",)),
+    (f"{_V2}.execution.worker_group", "WorkerGroup._get_poll_tasks", ()),
+    (f"{_V2}.execution.worker_group.poll", "PollTask.__init__", ("start_time", "task")),
     (f"{_V2}.execution.worker_group", "WorkerGroup.get_workers", ()),
     (f"{_V2}.execution.worker_group.poll", "WorkerStatus.__init__", ("running", "error")),
     (f"{_V2}.execution.worker_group.worker", "RayTrainWorker.poll_status", ()),

@@ -53,6 +53,15 @@ HEAD_PROCESSES = {"gcs_server": "gcs", "raylet": "raylet"}
 """Process name of what makes a head node: role. Without either there is no cluster."""
 PRELOAD = "RAY_preload_python_modules"
 WORKER_NICENESS = "RAY_worker_niceness"
+RARE_LOOKS = {
+    "METRICS_RECORD_INTERVAL_S": "60",
+    "REPORTER_UPDATE_INTERVAL_MS": "20000",
+    "EVENT_AGENT_REPORT_INTERVAL_SECONDS": "2",
+    "SCAN_EVENT_DIR_INTERVAL_SECONDS": "10",
+    "LOG_NAME_UPDATE_INTERVAL_S": "2",
+}
+"""How often Ray's dashboard measures itself and the node, and looks for events and for new log files, which it does
+every 5, 5, 0.1, 2 and 0.5 s by itself."""
 CONNECT_TIMEOUT_VARIABLE = "RAY_gcs_server_port_wait_time_s"
 """Seconds that ``ray.init`` waits for a GCS."""
 STATUS_PATH = "/api/cluster_status"
@@ -187,6 +196,8 @@ def cluster_environment(ports: Mapping[str, int], run_dir: Path, serve_host: str
         # Processes that may start at once; Ray's default is the number of cores, and a request for more than that
         # is cut down without a word.
         "RAY_worker_maximum_startup_concurrency": "8",
+        # What Ray does while nothing happens is felt by a run on every core: it waits for its slowest worker.
+        **RARE_LOOKS,
         # `ray job stop` sends SIGTERM and kills after 3 s; a run needs longer to commit a checkpoint.
         "RAY_JOB_STOP_WAIT_TIME_S": "30",
     }

@@ -44,6 +44,8 @@ class Heart:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._phase: Phase
+        self._is_eventful = threading.Event()
+        """Set but while steps follow each other."""
         self._thread = 0
         self._begin()
 
@@ -55,10 +57,17 @@ class Heart:
         try:
             yield
         finally:
-            self._phase = "done"
+            self._enter("done")
+
+    def _enter(self, phase: Phase) -> None:
+        self._phase = phase
+        if phase == "step":
+            self._is_eventful.clear()
+        else:
+            self._is_eventful.set()
 
     def _begin(self) -> None:
-        self._phase = "set up"
+        self._enter("set up")
         self._steps = 0
         self._durations = [0.0] * NUM_DURATIONS
         self._num = -1  # the first step's duration is not counted
@@ -70,7 +79,8 @@ class Heart:
         now = self._clock()
         if self._num >= 0:
             self._durations[self._num % NUM_DURATIONS] = now - self._began
-            self._phase = "step"
+            if self._phase != "step":
+                self._enter("step")
         self._num += 1
         self._steps = steps
         self._moved = self._began = now
@@ -84,13 +94,17 @@ class Heart:
         """While something else than a step goes on; the time is no step's. Set-up stays set-up."""
         before = self._phase
         if before != "set up":
-            self._phase = phase
+            self._enter(phase)
         self.beat()
         try:
             yield
         finally:
-            self._phase = before
+            self._enter(before)
             self._moved = self._began = self._clock()
+
+    def wait_while_uneventful(self, timeout_s: float) -> bool:
+        """Block another thread while steps follow each other, at most ``timeout_s``; False if they still do then."""
+        return self._is_eventful.wait(timeout_s)
 
     def read(self) -> Pulse:
         """What can be said now; from any thread."""

@@ -42,7 +42,11 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision, F
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision, ScalingPolicy
 from ray.train.v2._internal.execution.worker_group import ReplicaGroup, WorkerGroup
 from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
-from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
+from ray.train.v2._internal.execution.worker_group.poll import (
+    PollTask,
+    WorkerGroupPollStatus,
+    WorkerStatus,
+)
 from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
@@ -60,14 +64,22 @@ logger = logging.getLogger(__name__)
 _REPLACE_S = 60.0
 """How long starting replacements may take before the controller gives up, and its driver starts all anew."""
 
+_UNEVENTFUL_S = 0.8
+"""How long a worker whose steps follow each other keeps the controller waiting for an answer. Each costs it a
+millisecond; and while its main thread waits, Ray does not wake it 100 times a second to look for signals."""
+
+_LATECOMERS_S = 0.05
+"""How long the other workers may take to answer once one has."""
+
 _RESCUE_S = 30.0
 """How long the survivors of a lost worker may take to commit the step boundary that they hold."""
 
 
 class _Worker(RayTrainWorker):  # type: ignore[misc]
-    """A worker that says more of itself whenever it is polled."""
+    """A worker that says more of itself whenever it is polled, and takes its time when there is nothing to say."""
 
     def poll_status(self) -> WorkerStatus:
+        heart.wait_while_uneventful(_UNEVENTFUL_S)
         status = super().poll_status()
         status.pulse = heart.read()
         return status
@@ -182,9 +194,18 @@ class _Group(WorkerGroup):  # type: ignore[misc]  # Ray has no types
                 each.error, each.running = None, False
 
     def _poll_workers_and_collect_errors(self, timeout: float | None) -> list[WorkerStatus]:
-        statuses: list[WorkerStatus] = super()._poll_workers_and_collect_errors(timeout)
+        self._wait_for_first_answer()
+        statuses: list[WorkerStatus] = super()._poll_workers_and_collect_errors(_LATECOMERS_S)
         self.watch.look(statuses)
         return statuses
+
+    def _wait_for_first_answer(self) -> None:
+        """Ask all workers, and block until one has answered or has died, which is known at once."""
+        asked = self._get_poll_tasks()
+        now = time.monotonic()
+        for rank, task in enumerate(asked):  # or they would be asked again
+            self._world_rank_to_ongoing_poll.setdefault(rank, PollTask(start_time=now, task=task))
+        ray.wait(asked, num_returns=1, timeout=2 * _UNEVENTFUL_S)
 
     def shutdown(self) -> None:
         """Let survivors of a lost worker end by themselves first: they commit what they hold.
@@ -194,7 +215,7 @@ class _Group(WorkerGroup):  # type: ignore[misc]  # Ray has no types
         self._rendezvous.close()
         deadline = time.monotonic() + _RESCUE_S
         while self.has_started():
-            statuses = self._poll_workers_and_collect_errors(timeout=0.2)
+            statuses = self._poll_workers_and_collect_errors(None)
             running = {rank for rank, status in enumerate(statuses) if status.running}
             hopeless = {rank for rank in running if self.watch.watchdog.is_hopeless(rank)}
             if running == hopeless or time.monotonic() >= deadline:

@@ -36,7 +36,7 @@ NUM_CONTROL = 1 + len(Wishes._fields)
 
 
 class _Bucket:
-    """One flat buffer whose slices are the gradients of some parameters of one dtype, and riders behind them."""
+    """One flat buffer whose slices become the gradients of some parameters of one dtype, and riders behind them."""
 
     def __init__(
         self,
@@ -62,11 +62,25 @@ class _Bucket:
         self._spare: list[torch.Tensor] = []
 
     def begin(self) -> None:
-        """Make ready for the gradients of a part."""
-        self.flat.zero_()
+        """Make ready for the gradients of a part.
+
+        There are none yet: autograd then hands over its own tensor, and copying that once is half the memory traffic
+        of adding it to a buffer of zeros.
+        """
+        self.extra.zero_()
         self.waiting = set(self.views)
-        for p, view in self.views.items():
-            p.grad = view
+        for p in self.views:
+            p.grad = None
+
+    def take(self, p: torch.Tensor) -> None:
+        """Make the gradient of ``p`` a slice of the buffer; zero if the part did not use it."""
+        view = self.views[p]  # type: ignore[index]
+        if p.grad is None or p.grad.is_sparse:
+            view.zero_()
+        if p.grad is not None:
+            view.add_(p.grad) if p.grad.is_sparse else view.copy_(p.grad)
+        p.grad = view
+        self.waiting.remove(p)  # type: ignore[arg-type]
 
     def end(self, num_additions: int, *, is_last: bool) -> None:
         """Add what the tree adds once the part's gradients are there, and put it aside unless it is sent now.
@@ -136,14 +150,14 @@ class GradientBuckets:
         self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.views}
         self._num_done = 0
         self._pending: list[Pending] = []
-        # One part of one worker has nothing to send or to put aside, so there is no need to watch it; gradients are
-        # the buffers' slices all the same, so that parameters a batch does not use are treated alike (a zero
-        # gradient) on any number of workers.
+        # One part of one worker has nothing to send or to put aside: there is no need to watch it, or to copy what it
+        # has. But sparse gradients, and parameters that a batch does not use, are treated alike on any number of
+        # workers.
         watched = trained if exchange.is_remote or len(additions) > 1 else []
         self._hooks = [p.register_post_accumulate_grad_hook(self._on_ready) for p in watched]  # type: ignore[no-untyped-call]
 
     def begin(self, index: int) -> None:
-        """Make every ``p.grad`` a slice of its buffer, ready for the ``index``-th part of this rank."""
+        """Drop every ``p.grad``, ready for the ``index``-th part of this rank."""
         self._index = index
         self._num_done = 0
         if index == 0:
@@ -162,7 +176,9 @@ class GradientBuckets:
 
     def end(self) -> None:
         """The part's backward pass is over: parameters that it did not use have the gradient zero."""
-        while self._num_done < len(self._buckets):
+        for bucket in self._buckets[self._num_done :]:
+            for p in [p for p in bucket.waiting if self._hooks or p.grad is None or p.grad.is_sparse]:
+                bucket.take(p)
             self._take_next()
 
     def finish(self) -> tuple[float, Wishes]:
@@ -186,11 +202,7 @@ class GradientBuckets:
                 "a parameter got its gradient twice for one batch; session.backward(loss) must be the batch's only "
                 "backward pass, and checkpoints of activations whose parameters are shared take use_reentrant=False"
             )
-        bucket.waiting.remove(p)  # type: ignore[arg-type]
-        view = bucket.views[p]  # type: ignore[index]
-        if p.grad is not None and p.grad.data_ptr() != view.data_ptr():
-            view.add_(p.grad)  # somebody set the gradient to None; autograd then made a tensor of its own
-            p.grad = view
+        bucket.take(p)
         while self._num_done < len(self._buckets) and not self._buckets[self._num_done].waiting:
             self._take_next()
 

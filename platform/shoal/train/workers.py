@@ -34,7 +34,8 @@ from shoal.train.retries import Retries
 from shoal.train.stall import OnStall
 
 _POLL_S = 0.2
-"""How often the controller looks at its workers; a death is acted on that much later at worst."""
+"""Between an answer of the workers and the controller's next question; a death is acted on that much later at
+worst."""
 
 _ABORT_PATIENCE_S = 5.0
 """How long an abort may take the polite way; after that the controller is killed and cleaned up after."""
