@@ -18,7 +18,7 @@ from shoal.train.stamp import checkpoint_path
 from waiting import wait_until
 
 pytestmark = pytest.mark.cluster
-STEPS = 1500
+STEPS = 600
 EXACT: dict[str, Any] = {"exact": True, "shards": 8, "steps": STEPS}
 
 PACED = '''
@@ -29,11 +29,11 @@ from jobs.digits import Digits
 
 
 class Paced(Digits):
-    """Digits, of at most 100 steps a second until the test is in a hurry."""
+    """Digits, of at most 50 steps a second until the test is in a hurry."""
 
     def loss(self, model, batch):
         if model.training and not Path(__file__).with_name("hurry").exists():
-            time.sleep(0.01)
+            time.sleep(0.02)
         return super().loss(model, batch)
 '''
 
@@ -52,7 +52,7 @@ def attached(cluster: Any) -> Iterator[shoal.Cluster]:
 def paced() -> Any:
     from elastic_paced import Paced
 
-    return Paced(hidden=32, eval_every=500)
+    return Paced(hidden=32, eval_every=200)
 
 
 def hurry(cluster: shoal.Cluster) -> None:
