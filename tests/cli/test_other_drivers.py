@@ -132,7 +132,7 @@ def test_a_job_takes_the_options_of_the_shells_command(name: str) -> None:
 def test_a_job_trains_its_own_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[object] = []
     monkeypatch.setattr(
-        "shoal.cli.training.start", lambda recipe, options, **_: started.append((recipe, options))
+        "shoal.cli.train.start", lambda recipe, options, **_: started.append((recipe, options))
     )
     with pytest.raises(SystemExit) as end:
         make_job_app(Tagged)(["train", "lr=0.5", "--workers", "1..2"])

@@ -16,7 +16,7 @@ import pytest
 from command_line import Shoal
 from rich.text import Text
 
-from shoal.cli.training import show_result
+from shoal.cli.runs import show_result
 from shoal.config import Range
 from shoal.errors import ClusterError, NotFoundError, TrackingError
 from shoal.storage import FileLock, Storage
@@ -286,13 +286,12 @@ def test_a_misspelt_name_is_answered_with_the_nearest(
 def test_a_model_that_does_not_exist_is_said_before_anything_is_deployed(
     project: Path, shoal: Shoal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from shoal.cli import project as cli_project
     from shoal.serve import deploying
 
     def refuse(*_: object) -> None:
         raise NotFoundError("model 'digits' has no alias 'nosuch'")
 
-    monkeypatch.setattr(cli_project, "require_running", lambda: SimpleNamespace(project=project))
+    monkeypatch.setattr("shoal.cli.apps.require_running", lambda: SimpleNamespace(project=project))
     monkeypatch.setattr(deploying, "serve_settings", lambda info: None)
     monkeypatch.setattr(deploying, "resolve", refuse)
     outcome = shoal("serve", "serve_apps.digits:app", "--model", "digits@nosuch")

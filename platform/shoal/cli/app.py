@@ -1,7 +1,7 @@
 """The ``shoal`` command: one file per topic, put together here.
 
-Kept light: modules here import typer and shoal.errors at the top, everything else inside the commands. A test
-measures ``shoal --help``.
+Kept light: at the top, modules here import typer, each other, `shoal.errors` and `shoal.recipe`; everything else
+inside the commands. A test measures ``shoal --help``.
 """
 
 from __future__ import annotations

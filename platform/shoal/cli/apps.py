@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from shoal.cli.command import MODELS, command
+from shoal.cli.console import say, show_facts, show_table
+from shoal.cli.project import require_running
 
 
 def add_to(app: typer.Typer) -> None:
@@ -33,8 +35,6 @@ def serve(
 
     An app of this name that runs already takes the new version in place; no request is lost. Other apps stay.
     """
-    from shoal.cli.console import say, show_facts
-    from shoal.cli.project import require_running
     from shoal.serve import deploy
 
     served = deploy(require_running(), app, model=model, name=name, say=say)
@@ -51,8 +51,6 @@ def serve(
 
 def apps() -> None:
     """List the apps that run."""
-    from shoal.cli.console import say, show_table
-    from shoal.cli.project import require_running
     from shoal.serve import apps as list_apps
 
     found = [(app, app.status()) for app in list_apps(require_running())]
@@ -68,8 +66,6 @@ def apps() -> None:
 
 def delete(app: Annotated[str, typer.Argument(metavar="APP", help="Name of the app.")]) -> None:
     """Take an app off the cluster. Requests in flight are finished first."""
-    from shoal.cli.console import say
-    from shoal.cli.project import require_running
     from shoal.serve import delete as take_off
 
     take_off(require_running(), app, say=say)

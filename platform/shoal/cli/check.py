@@ -8,7 +8,10 @@ from typing import Annotated
 import typer
 
 from shoal.cli.command import CLUSTER, command
+from shoal.cli.console import say, show_facts
 from shoal.cli.options import Set, Target
+from shoal.cli.project import project_here
+from shoal.errors import StorageError
 
 
 def add_to(app: typer.Typer) -> None:
@@ -40,7 +43,6 @@ def check(
 
 
 def _check(path: Path | None, target: str | None, overrides: list[str]) -> None:
-    from shoal.cli.console import say, show_facts
     from shoal.config import Machine, load, notes
     from shoal.config.local import plan_local
 
@@ -60,10 +62,7 @@ def _check(path: Path | None, target: str | None, overrides: list[str]) -> None:
 def _write_schema(path: Path | None) -> None:
     import json
 
-    from shoal.cli.console import say
-    from shoal.cli.project import project_here
     from shoal.config import json_schema
-    from shoal.errors import StorageError
 
     path = path or project_here() / ".shoal" / "cluster.schema.json"
     try:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Container, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from shoal.cli.failures import reported_failures
+from shoal.cli.project import load_recipe
+
+if TYPE_CHECKING:
+    from shoal.recipe import Recipe
 
 CLUSTER = "Cluster"
 WORK = "Work"
@@ -19,6 +23,8 @@ EXAMPLES: list[str] = []
 """Every example that some command's help shows."""
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_MODULE = Annotated[str, typer.Argument(metavar="MODULE[:CLASS]", help="The recipe, such as jobs.digits.")]
 
 
 def make_app(name: str, summary: str) -> typer.Typer:
@@ -62,3 +68,28 @@ def command(
         return function
 
     return add
+
+
+def of_recipe(
+    function: Callable[..., None], recipe: type[Recipe] | None = None, *, without: Container[str] = ()
+) -> Callable[..., None]:
+    """``function`` with its first parameter, a recipe, given, so that only the options are left to be typed.
+
+    The recipe is ``recipe``; without one, that which an argument MODULE[:CLASS] names. ``without`` names options
+    that are left at their defaults.
+    """
+    signature = inspect.signature(function, eval_str=True)
+    parameters = [p for name, p in [*signature.parameters.items()][1:] if name not in without]
+    if recipe is None:
+        parameters.insert(
+            0, inspect.Parameter("module", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=_MODULE)
+        )
+
+    @functools.wraps(function)
+    def run(**typed: Any) -> None:
+        function(recipe or load_recipe(typed.pop("module")), **typed)
+
+    # What typer reads.
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run

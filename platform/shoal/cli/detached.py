@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from shoal.cli.console import say, show_facts
+from shoal.cli.project import connect
 from shoal.errors import ClusterError, DeadlineExceeded, EnvironmentFailure, from_name
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ def train_detached(recipe: Recipe, words: Sequence[str], options: RunOptions) ->
         RequestError: no cluster runs, or the run cannot be as asked; nothing was submitted.
         RecipeError, EnvironmentFailure: the run did not start; says why.
     """
-    from shoal.cli.project import connect
     from shoal.train.driver import finished_run, prepare
 
     cluster = connect()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import typer
 
 from shoal.cli.command import CLUSTER, command
+from shoal.cli.console import say
+from shoal.cli.project import project_here
 
 
 def add_to(app: typer.Typer) -> None:
@@ -17,8 +19,6 @@ def doctor() -> None:
 
     Changes nothing. Exits with 1 if it finds an error.
     """
-    from shoal.cli.console import say
-    from shoal.cli.project import project_here
     from shoal.cluster import doctor as look
     from shoal.config import load
 

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from shoal.cli.command import CLUSTER, command
+from shoal.cli.console import say, show_facts
 from shoal.errors import RequestError, StorageError
 
 TEMPLATE = Path(__file__).with_name("template")
@@ -41,8 +42,6 @@ def init(
 
     No file that exists is touched.
     """
-    from shoal.cli.console import say, show_facts
-
     name = _task_name(folder.resolve().name) if name is None else _checked_name(name)
     written = write_project(folder, name)
     for path in written:

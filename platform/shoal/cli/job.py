@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from shoal.cli.command import WORK, command, make_app
-from shoal.cli.of_recipe import of_recipe
+from shoal.cli.command import WORK, command, make_app, of_recipe
 from shoal.cli.train import train
 from shoal.cli.tune import tune
 

@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 from shoal.cli.command import CLUSTER, command
+from shoal.cli.console import say, show_facts
 from shoal.cli.options import Set, Target
+from shoal.cli.project import project_here, require_running
 
 
 def add_to(app: typer.Typer) -> None:
@@ -27,8 +29,6 @@ def up(target: Target = None, set_: Set = None) -> None:
     It stays until `shoal down`. What a crash left of an earlier one is cleaned up first.
     """
     from shoal.api import bring_up
-    from shoal.cli.console import say, show_facts
-    from shoal.cli.project import project_here
     from shoal.config import load, notes
 
     config = load(target=target, overrides=set_ or [])
@@ -47,8 +47,6 @@ def up(target: Target = None, set_: Set = None) -> None:
 
 def down() -> None:
     """Stop this project's cluster and every process it started. What was committed to storage stays."""
-    from shoal.cli.console import say
-    from shoal.cli.project import project_here
     from shoal.cluster import down as stop
 
     if not stop(project_here(), say=say):
@@ -64,8 +62,6 @@ def env(
     import json
     import shlex
 
-    from shoal.cli.console import say
-    from shoal.cli.project import require_running
     from shoal.cluster import environment
 
     values = environment(require_running())

@@ -13,6 +13,8 @@ from typing import IO, TYPE_CHECKING, Annotated
 import typer
 
 from shoal.cli.command import WORK, command
+from shoal.cli.project import storage
+from shoal.errors import NotFoundError, did_you_mean
 
 if TYPE_CHECKING:
     from shoal.storage import Storage
@@ -42,7 +44,6 @@ def logs(
 
     They are kept on storage: they can be read when the run has ended and when the cluster is gone.
     """
-    from shoal.cli.project import storage
     from shoal.tracking import RunRecord
 
     place = storage()
@@ -53,7 +54,6 @@ def logs(
 
 
 def _show_run(place: Storage, name: str, rank: int, follow: bool) -> None:
-    from shoal.errors import NotFoundError
     from shoal.train.output import log_path
     from shoal.train.run import find_run
     from shoal.train.stall import stall_text
@@ -79,7 +79,6 @@ def _show_run(place: Storage, name: str, rank: int, follow: bool) -> None:
 
 
 def _show_app(place: Storage, name: str, follow: bool) -> None:
-    from shoal.errors import NotFoundError, did_you_mean
     from shoal.tracking import list_runs
 
     folder = place.app_logs_dir

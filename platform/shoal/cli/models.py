@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shoal.cli.command import MODELS, command
+from shoal.cli.console import age_text, say, show_facts, show_table
+from shoal.cli.project import connect
 
 if TYPE_CHECKING:
     from shoal.api import Cluster
@@ -30,9 +32,6 @@ def models(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="List this model's versions.")] = None,
 ) -> None:
     """List the registered models, or the versions of one."""
-    from shoal.cli.console import age_text, say, show_table
-    from shoal.cli.project import connect
-
     cluster = connect()
     if name is None:
         found = cluster.models.list()
@@ -58,9 +57,6 @@ def register(
     ] = None,
 ) -> None:
     """Make a run's best checkpoint the next version of a model."""
-    from shoal.cli.console import show_facts
-    from shoal.cli.project import connect
-
     cluster = connect()
     version = cluster.models.register(model, _source(cluster, run), alias=alias)
     selector = alias or str(version.version)
@@ -83,9 +79,6 @@ def alias(
 
     An app that serves the alias goes on with its version until it is served again.
     """
-    from shoal.cli.console import say
-    from shoal.cli.project import connect
-
     connect().models.set_alias(model, name, version)
     say(f"{model}@{name} is now {model}@{version}")
 

@@ -14,7 +14,6 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=C", help="Override one value of cluster.yaml; repeat for more."),
 ]
-Module = Annotated[str, typer.Argument(metavar="MODULE[:CLASS]", help="The recipe, such as jobs.digits.")]
 Fields = Annotated[
     list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="The recipe's fields, such as lr=1e-3.")
 ]

@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from shoal.cli.command import WORK, command
+from shoal.cli.console import say
+from shoal.cli.project import running, storage
 
 
 def add_to(app: typer.Typer) -> None:
@@ -30,8 +32,6 @@ def resize(
     is lost. With a range it grows by itself when room becomes free. Batches and schedule stay what they were, and of
     an exact run the bits. Returns at once; `shoal runs NAME` shows it happen. A new start says its own number.
     """
-    from shoal.cli.console import say
-    from shoal.cli.project import storage
     from shoal.train.run import find_run
 
     run = find_run(storage(), name)
@@ -44,8 +44,6 @@ def resize(
 
 def _attach() -> None:
     """Where a cluster runs, so that a number which can never fit there is refused; without one a run cannot train."""
-    from shoal.cli.project import running
-
     info = running()
     if info is not None:
         from shoal.cluster import attach

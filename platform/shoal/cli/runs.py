@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shoal.cli.command import WORK, command
+from shoal.cli.console import age_text, say, show_facts, show_table, values_text
+from shoal.cli.project import storage
+from shoal.errors import CorruptError, NotFoundError, StorageError
 
 if TYPE_CHECKING:
     from shoal.storage import Storage
     from shoal.tracking import RunRecord
+    from shoal.train.run import Run
 
 NUM_EVENTS = 12
 """Lines of a run's journal that are shown."""
@@ -27,8 +31,6 @@ def runs(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this run closely.")] = None,
 ) -> None:
     """List the runs, the newest first; or show one: its identity, how far it is and what happened last."""
-    from shoal.cli.console import say
-    from shoal.cli.project import storage
     from shoal.tracking import list_runs
     from shoal.train.run import find_run
     from shoal.tune.record import pruned_runs
@@ -46,7 +48,6 @@ def runs(
 
 def show_runs(records: list[RunRecord], place: Storage) -> None:
     """A table of runs, which are on ``place``."""
-    from shoal.cli.console import show_table
     from shoal.tune.record import pruned_runs
 
     columns = ("run", "state", "step", "of", "best", "workers", "age")
@@ -57,8 +58,6 @@ def show_runs(records: list[RunRecord], place: Storage) -> None:
 
 
 def _row(record: RunRecord, pruned: Container[str]) -> tuple[Any, ...]:
-    from shoal.errors import CorruptError, StorageError
-
     try:
         return _facts_of(record, pruned)
     except (CorruptError, StorageError, OSError):  # `shoal runs NAME` says what is wrong with it
@@ -66,7 +65,6 @@ def _row(record: RunRecord, pruned: Container[str]) -> tuple[Any, ...]:
 
 
 def _facts_of(record: RunRecord, pruned: Container[str]) -> tuple[Any, ...]:
-    from shoal.cli.console import age_text
     from shoal.train.run import objective_of
     from shoal.tune.record import state_word
 
@@ -87,18 +85,16 @@ def _facts_of(record: RunRecord, pruned: Container[str]) -> tuple[Any, ...]:
 
 
 def _show_run(record: RunRecord, pruned: Container[str]) -> None:
-    from shoal.cli.console import age_text, say, show_facts, values_text
     from shoal.train.run import best_text
     from shoal.tune.record import state_word
 
     identity = record.identity() or {}
     starts = record.events(("start",))
-    target = record.target_steps
     checkpoints = [e for e in record.events(("checkpoint",)) if (record.dir / e["path"]).is_dir()]
     facts = {
         "run": record.name,
         "state": state_word(record, pruned),
-        "steps": f"{record.step:,}{f' of {target:,}' if target else ''}",
+        "steps": _steps_text(record),
         "attempts": record.attempt,
         "workers": _workers_text(record) if starts else "",
         "started": f"{age_text(starts[0]['t'])} ago" if starts else "",
@@ -118,6 +114,46 @@ def _show_run(record: RunRecord, pruned: Container[str]) -> None:
         say(_event_text(event))
 
 
+def show_result(run: Run) -> None:
+    """Where the run stands, and what to do next."""
+    from shoal.train.run import best_text
+
+    record = run.record
+    facts = {
+        "run": run.name,
+        "state": str(run.state),
+        "steps": _steps_text(record),
+        "val": values_text(record.last_eval("val")),
+        "test": values_text(record.last_eval("test")),
+        "best": best_text(record),
+        "checkpoint": _checkpoint_text(run),
+        "next": _next_text(run),
+    }
+    show_facts({name: text for name, text in facts.items() if text})
+
+
+def _steps_text(record: RunRecord) -> str:
+    target = record.target_steps
+    return f"{record.step:,} of {target:,}" if target else f"{record.step:,}"
+
+
+def _checkpoint_text(run: Run) -> str:
+    try:
+        return str(run.best_checkpoint())
+    except NotFoundError:
+        return ""
+
+
+def _next_text(run: Run) -> str:
+    from shoal.train.run import where_it_goes_on
+
+    if str(run.state) != "finished":
+        return where_it_goes_on(run.record)
+    identity = run.record.identity() or {}
+    model = str(identity.get("recipe", "")).rpartition(":")[2].lower() or "NAME"
+    return f"shoal register {model} {run.name} --alias champion"
+
+
 def _workers_text(record: RunRecord) -> str:
     """How many there are, and how many are wished where that is another number."""
     from shoal.tracking import RunState
@@ -135,7 +171,6 @@ def _source_text(source: dict[str, Any] | None) -> str:
 
 
 def _event_text(event: dict[str, Any]) -> str:
-    from shoal.cli.console import values_text
     from shoal.storage.disk import size_text
 
     kind = event["kind"]

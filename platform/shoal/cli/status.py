@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 import typer
 
 from shoal.cli.command import CLUSTER, command
+from shoal.cli.console import duration_text, say, show_facts, show_table
+from shoal.cli.project import require_running
+from shoal.errors import ShoalError, TrackingError
 
 if TYPE_CHECKING:
     from shoal.cluster import ClusterInfo, ClusterStatus
@@ -25,8 +28,6 @@ def add_to(app: typer.Typer) -> None:
 
 def status() -> None:
     """Show the cluster: what it has, who holds what, its runs, its apps and where they answer."""
-    from shoal.cli.console import say
-    from shoal.cli.project import require_running
     from shoal.cluster import status as look
 
     info = require_running()
@@ -43,8 +44,6 @@ def status() -> None:
 
 
 def _show_cluster(seen: ClusterStatus) -> None:
-    from shoal.cli.console import duration_text, show_facts
-
     info = seen.info
     resources = ", ".join(
         f"{_amount(name, seen.free[name])} of {_amount(name, total)} {name}"
@@ -65,7 +64,6 @@ def _show_cluster(seen: ClusterStatus) -> None:
 def _tracking_text(info: ClusterInfo) -> str:
     """Where MLflow is and how far delivery is; a tracker that does not answer must not hide the rest."""
     from shoal.cluster import attach
-    from shoal.errors import ShoalError, TrackingError
     from shoal.tracking import ensure_tracker
 
     try:
@@ -95,7 +93,6 @@ def delivery_text(status: TrackerStatus) -> str:
 
 
 def _show_pools(info: ClusterInfo) -> None:
-    from shoal.cli.console import say, show_table
     from shoal.config import ClusterConfig, Machine
     from shoal.config.local import plan_local
 
@@ -114,8 +111,6 @@ def _show_pools(info: ClusterInfo) -> None:
 
 
 def _show_holders(seen: ClusterStatus) -> None:
-    from shoal.cli.console import say, show_table
-
     holding = [holder for holder in seen.holders if any(holder.resources.values())]
     if not holding:
         say("nobody holds anything")
@@ -132,7 +127,6 @@ def _show_holders(seen: ClusterStatus) -> None:
 
 
 def _show_runs(info: ClusterInfo) -> None:
-    from shoal.cli.console import say
     from shoal.cli.runs import show_runs
     from shoal.storage import Storage
     from shoal.tracking import list_runs
@@ -159,7 +153,6 @@ def _is_running(record: RunRecord) -> bool:
 
 
 def _show_apps(info: ClusterInfo) -> None:
-    from shoal.cli.console import say, show_table
     from shoal.serve import apps
 
     rows = [(app.name, app.status().state, app.model, app.url) for app in apps(info)]

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shoal.cli.command import WORK, command
+from shoal.cli.console import say
+from shoal.cli.project import running, storage
+from shoal.errors import DeadlineExceeded, NotFoundError, RequestError, did_you_mean
 
 if TYPE_CHECKING:
     from shoal.storage import Storage
@@ -30,7 +33,6 @@ def stop(name: Annotated[str, typer.Argument(metavar="NAME", help="A run or a sw
 
     The same command that started it goes on with it.
     """
-    from shoal.cli.project import storage
     from shoal.tracking import RunRecord
     from shoal.train.run import find_run
     from shoal.tune import SweepRecord, open_sweep
@@ -45,7 +47,6 @@ def stop(name: Annotated[str, typer.Argument(metavar="NAME", help="A run or a sw
 
 
 def _stop_run(place: Storage, run: Run) -> None:
-    from shoal.cli.console import say
     from shoal.tune.record import pruned_runs, state_word
 
     if not run.is_active:
@@ -58,8 +59,6 @@ def _stop_run(place: Storage, run: Run) -> None:
 
 
 def _stop_sweep(sweep: Sweep) -> None:
-    from shoal.cli.console import say
-
     if not sweep.is_active:
         say(f"sweep {sweep.name} does not run")
         return
@@ -69,8 +68,6 @@ def _stop_sweep(sweep: Sweep) -> None:
 
 
 def _refuse(place: Storage, name: str) -> None:
-    from shoal.cli.project import running
-    from shoal.errors import NotFoundError, RequestError, did_you_mean
     from shoal.serve import apps
     from shoal.tracking import list_runs
     from shoal.tune.record import sweep_names
@@ -85,8 +82,6 @@ def _refuse(place: Storage, name: str) -> None:
 
 
 def _wait(is_done: Callable[[], bool], what: str) -> None:
-    from shoal.errors import DeadlineExceeded
-
     deadline = time.monotonic() + DEADLINE_S
     while not is_done():
         if time.monotonic() > deadline:

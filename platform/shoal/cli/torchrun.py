@@ -11,6 +11,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from shoal.cli.console import say
+from shoal.cli.project import project_here
 from shoal.errors import NotFoundError, RequestError, ShoalError
 
 if TYPE_CHECKING:
@@ -51,7 +52,6 @@ def train_under_torchrun(recipe: Recipe, options: RunOptions) -> None:
 
 
 def _spec(recipe: Recipe, options: RunOptions) -> RunSpec:
-    from shoal.cli.project import project_here
     from shoal.config import load
     from shoal.storage import Storage
     from shoal.train.options import plan_run
@@ -101,7 +101,7 @@ def _agree(spec: RunSpec, group: Group) -> str:
 
 def _train(spec: RunSpec, group: Group) -> None:
     from shoal.cli.failures import exit_code_of
-    from shoal.cli.training import show_result
+    from shoal.cli.runs import show_result
     from shoal.tracking import RunRecord
     from shoal.train.engine import train_worker
     from shoal.train.run import Run

@@ -1,13 +1,23 @@
-"""The command ``tune``: the shell's, and a job's."""
+"""The command ``tune``: the shell's, and a job's. Searches on the running cluster, and waits."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import typer
 
 from shoal.cli import options as opt
-from shoal.cli.command import WORK, command
-from shoal.cli.of_recipe import of_recipe
+from shoal.cli.command import WORK, command, of_recipe
+from shoal.cli.console import console, say, show_facts
+from shoal.cli.interrupt import sigterm_interrupts
+from shoal.cli.project import connect
+from shoal.errors import NotFoundError
 from shoal.recipe import Recipe
+
+if TYPE_CHECKING:
+    from shoal.tune import Sweep, SweepOptions
 
 
 def add_to(app: typer.Typer) -> None:
@@ -39,7 +49,6 @@ def tune(
 
     The same command goes on with a sweep that was stopped or killed; finished trials are not repeated.
     """
-    from shoal.cli.tuning import tune_and_wait
     from shoal.tune import SweepOptions
 
     options = SweepOptions(
@@ -55,3 +64,43 @@ def tune(
         perturb_every=perturb_every,
     )
     tune_and_wait(recipe, space or [], options)
+
+
+def tune_and_wait(cls: type[Recipe], words: Sequence[str], options: SweepOptions) -> None:
+    """Search what ``words`` (``lr=log:1e-4..1e-1``, ``wd=1e-2``) say; shows the trials, then the best.
+
+    Raises:
+        RequestError: no cluster runs, or the search is impossible as asked.
+        RecipeError, EnvironmentFailure: as `Sweep.wait`.
+    """
+    from shoal.recipe import from_fields
+    from shoal.tune import check_space, parse_space
+
+    fixed, space = parse_space(words)
+    recipe = from_fields(cls, fixed)
+    check_space(recipe, space)  # before a second is spent on attaching
+    cluster = connect()
+    with sigterm_interrupts():
+        sweep = cluster.tune(recipe, space, **vars(options))
+        say(f"sweep {sweep.name}{f': {sweep.note}' if sweep.note else ''}")
+        try:
+            sweep.wait()
+        except KeyboardInterrupt:
+            if not console().is_terminal:  # there the table ended in a line that says as much
+                show_best(sweep, then="the same command goes on with the sweep")
+            raise
+    show_best(sweep, then=f"shoal register {cls.__name__.lower()} {sweep.name} --alias champion")
+
+
+def show_best(sweep: Sweep, *, then: str) -> None:
+    """The trials, the best of them, and what to do ``then``."""
+    from shoal.tune.show import fields_text, trials_table, value_text
+
+    out = console()
+    if not out.is_terminal:  # on one, the live table has just shown them
+        out.print(trials_table(sweep.name, sweep.trials, sweep.objective, num_trials=len(sweep.trials)))
+    facts = {"next": then}
+    with suppress(NotFoundError):
+        best = sweep.best
+        facts = {"best": f"{best.run}  {value_text(best, sweep.objective)}  {fields_text(best)}", **facts}
+    show_facts(facts)

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shoal.cli.command import CLUSTER, command
+from shoal.cli.console import say
 from shoal.cli.interrupt import sigterm_interrupts
+from shoal.cli.project import require_running
 from shoal.errors import ClusterError, TrackingError
 
 if TYPE_CHECKING:
@@ -40,9 +42,6 @@ def ui(
 
     Where cluster.yaml names a tracking server, it prints that server's address instead.
     """
-    from shoal.cli.console import say
-    from shoal.cli.project import require_running
-
     info = require_running()
     if info.tracking.startswith(("http://", "https://")):
         say(f"tracking is a server of its own: {info.tracking}")
@@ -98,7 +97,6 @@ def server_command(info: ClusterInfo, port: int) -> list[str]:
 
 def _wait_for_store(info: ClusterInfo) -> None:
     """Wait until the cluster's tracker has opened the store: two that migrate it crash."""
-    from shoal.cli.console import say
     from shoal.cluster import attach
     from shoal.tracking import ensure_tracker
 
