@@ -186,7 +186,6 @@ def test_a_process_that_imported_ray_attaches_and_listens_on_loopback(running: C
 def test_status_needs_no_attached_process(running: ClusterInfo) -> None:
     now = status(running)
     assert now.total["CPU"] == 2
-    assert [(node.is_head, node.address) for node in now.nodes] == [(True, "127.0.0.1")]
     assert now.num_processes > 5
 
 

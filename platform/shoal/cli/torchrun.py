@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from shoal.train.spec import RunSpec
 
 
-def is_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
+def is_torchrun() -> bool:
     """Whether ``torchrun`` started this process."""
-    return "TORCHELASTIC_RUN_ID" in environment and "RANK" in environment
+    return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
 
 
 def train_under_torchrun(recipe: Recipe, options: RunOptions) -> None:

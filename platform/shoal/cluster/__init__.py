@@ -5,7 +5,7 @@ from shoal.cluster.doctor import Finding, doctor
 from shoal.cluster.guest import this_cluster
 from shoal.cluster.info import ClusterInfo, differences, environment, find
 from shoal.cluster.lifecycle import down, up
-from shoal.cluster.status import ClusterStatus, Holder, NodeStatus, status
+from shoal.cluster.status import ClusterStatus, Holder, status
 
 __all__ = [
     "NAMESPACE",
@@ -13,7 +13,6 @@ __all__ = [
     "ClusterStatus",
     "Finding",
     "Holder",
-    "NodeStatus",
     "attach",
     "detach",
     "differences",

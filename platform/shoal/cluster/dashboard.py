@@ -13,8 +13,8 @@ MAX_ROWS = 10_000
 """Ray's own limit of a state listing."""
 
 
-def get(url: str, path: str, token_path: Path, *, timeout_s: float = TIMEOUT_S) -> Any:
-    """The JSON answer of a dashboard to ``GET path``.
+def get(url: str, path: str, token_path: Path) -> Any:
+    """The JSON answer of a dashboard to ``GET path``; waits for up to `TIMEOUT_S`.
 
     Raises:
         AccessError: it refuses the token.
@@ -26,7 +26,7 @@ def get(url: str, path: str, token_path: Path, *, timeout_s: float = TIMEOUT_S) 
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         headers = {"Authorization": f"Bearer {token_path.read_text()}"}
-        with opener.open(urllib.request.Request(url + path, headers=headers), timeout=timeout_s) as response:
+        with opener.open(urllib.request.Request(url + path, headers=headers), timeout=TIMEOUT_S) as response:
             return json.loads(response.read())
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):

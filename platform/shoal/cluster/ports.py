@@ -58,13 +58,13 @@ def choose(*, serve_port: int, taken_blocks: Iterable[int]) -> tuple[int, dict[s
     return None
 
 
-def is_free(port: int, host: str = ray_edge.LOOPBACK) -> bool:
-    """Whether a listener could bind ``host:port`` now."""
+def is_free(port: int) -> bool:
+    """Whether a listener on loopback could bind ``port`` now."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         # As servers do: a connection of an earlier server in TIME_WAIT does not count as taken.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, port))
+            probe.bind((ray_edge.LOOPBACK, port))
             probe.listen(1)
         except OSError:
             return False

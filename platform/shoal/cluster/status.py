@@ -22,24 +22,8 @@ class Holder:
     kind: Literal["actor", "placement group"]
     name: str
     """The actor's name, else its class; the placement group's name, else its id."""
-    namespace: str
-    """Ray namespace; empty for a placement group."""
-    job: str
-    """Ray job that made it."""
-    pid: int | None
-    """Process of an actor; None for a placement group."""
     resources: Mapping[str, float]
     """What it holds; empty for an actor inside a placement group, which holds for it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class NodeStatus:
-    """One machine of the cluster."""
-
-    address: str
-    is_head: bool
-    state: str
-    resources: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +32,6 @@ class ClusterStatus:
 
     info: ClusterInfo
     uptime_s: float
-    nodes: Sequence[NodeStatus]
     total: Mapping[str, float]
     free: Mapping[str, float]
     """Exact where this process is attached to the cluster; else up to 5 s old."""
@@ -64,8 +47,8 @@ def status(info: ClusterInfo) -> ClusterStatus:
         AccessError: it refuses the token.
     """
     url, token = info.dashboard_url, info.token_path
-    nodes = [_node(row) for row in dashboard.rows(url, "nodes", token) if row["state"] == "ALIVE"]
-    total = _sum(node.resources for node in nodes)
+    nodes = [row for row in dashboard.rows(url, "nodes", token) if row["state"] == "ALIVE"]
+    total = _sum(_public(node["resources_total"]) for node in nodes)
     groups = [
         _group(row) for row in dashboard.rows(url, "placement_groups", token) if row["state"] == "CREATED"
     ]
@@ -73,7 +56,6 @@ def status(info: ClusterInfo) -> ClusterStatus:
     return ClusterStatus(
         info=info,
         uptime_s=max(0.0, time.time() - info.started),
-        nodes=nodes,
         total=total,
         free=_free(info, total),
         holders=[*groups, *actors],
@@ -92,23 +74,11 @@ def _free(info: ClusterInfo, total: Mapping[str, float]) -> dict[str, float]:
     return {name: amount - usage.get(name, (0.0, 0.0))[0] for name, amount in total.items()}
 
 
-def _node(row: Mapping[str, Any]) -> NodeStatus:
-    return NodeStatus(
-        address=row["node_ip"],
-        is_head=bool(row["is_head_node"]),
-        state=row["state"].lower(),
-        resources=_public(row["resources_total"]),
-    )
-
-
 def _actor(row: Mapping[str, Any]) -> Holder:
     inside_group = row["placement_group_id"] is not None
     return Holder(
         kind="actor",
         name=row["name"] or row["class_name"],
-        namespace=row["ray_namespace"],
-        job=row["job_id"],
-        pid=row["pid"],
         resources={} if inside_group else _public(row["required_resources"]),
     )
 
@@ -117,9 +87,6 @@ def _group(row: Mapping[str, Any]) -> Holder:
     return Holder(
         kind="placement group",
         name=row["name"] or row["placement_group_id"],
-        namespace="",
-        job=row["creator_job_id"],
-        pid=None,
         resources=_sum(_public(bundle["unit_resources"]) for bundle in row["bundles"]),
     )
 

@@ -77,8 +77,8 @@ class TrackerClient:
         version: int = self._call("reserve", model=model, writer=writer, run=run)
         return version
 
-    def mark_ready(self, model: str, version: int, *, tags: Mapping[str, str]) -> None:
-        self._call("mark_ready", model=model, version=version, tags=tags)
+    def mark_ready(self, model: str, version: int) -> None:
+        self._call("mark_ready", model=model, version=version)
 
     def abandon(self, model: str, version: int) -> None:
         self._call("abandon", model=model, version=version)

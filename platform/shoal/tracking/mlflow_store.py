@@ -32,19 +32,19 @@ _STATUS = {
 }
 
 
-def quiet_environment(environ: Any = os.environ) -> None:
+def quiet_environment() -> None:
     """Set what MLflow reads from the environment: no telemetry, no chatter, and short waits for a server that
     is gone. Waits that the user chose are kept.
     """
-    environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    environ["DO_NOT_TRACK"] = "true"
-    environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
-    environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
-    environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(_REQUEST_TIMEOUT_S))
-    environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
-    environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_JITTER", "0")
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    os.environ["DO_NOT_TRACK"] = "true"
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(_REQUEST_TIMEOUT_S))
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_JITTER", "0")
 
 
 class MlflowStore:

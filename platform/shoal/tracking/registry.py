@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,8 +38,6 @@ class ResolvedModel:
     """The run it came from; empty if unknown."""
     created: float = 0.0
     """Epoch seconds."""
-    tags: Mapping[str, str] = field(default_factory=dict)
-    """What was recorded with it; shoal's own tags left out."""
 
     def __str__(self) -> str:
         return f"{self.model}@{self.version}"
@@ -59,7 +57,7 @@ class RegistryBackend(Protocol):
     """What `Registry` needs: the tracker's registry, in this process or behind an actor."""
 
     def reserve(self, model: str, *, writer: Mapping[str, Any], run: str | None) -> int: ...
-    def mark_ready(self, model: str, version: int, *, tags: Mapping[str, str]) -> None: ...
+    def mark_ready(self, model: str, version: int) -> None: ...
     def abandon(self, model: str, version: int) -> None: ...
     def set_alias(self, model: str, alias: str, version: int) -> None: ...
     def resolve(self, spec: str) -> ResolvedModel: ...
@@ -84,7 +82,6 @@ class Registry:
         write: Callable[[Path, int], object],
         *,
         run: str | None = None,
-        tags: Mapping[str, str] | None = None,
         alias: str | None = None,
     ) -> ResolvedModel:
         """Make the next version of ``model`` from what ``write(directory, version)`` commits, and return it.
@@ -103,7 +100,7 @@ class Registry:
         directory = self._storage.model_dir(model, version)
         try:
             write(directory, version)
-            self._backend.mark_ready(model, version, tags=dict(tags or {}))
+            self._backend.mark_ready(model, version)
         except BaseException:
             self._abandon(model, version)
             raise

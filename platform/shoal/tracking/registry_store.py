@@ -11,7 +11,6 @@ from typing import Any
 from shoal.errors import CorruptError, NotFoundError, StorageError, did_you_mean
 from shoal.storage import MANIFEST, Storage, check_name, discard
 from shoal.storage.owner import FOREIGN_AFTER_S, Owner
-from shoal.tracking.delivery import clean_key
 from shoal.tracking.mlflow_store import MlflowStore
 from shoal.tracking.registry import RegisteredModel, ResolvedModel, check_alias, parse_spec
 
@@ -35,12 +34,10 @@ class RegistryStore:
         storage: Storage,
         *,
         run_id: Callable[[str], str | None] = lambda run: None,
-        clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._storage = storage
         self._run_id = run_id
-        self._clock = clock
         # MLflow looks before it inserts: of two threads that set a new alias, one would get an IntegrityError.
         self._writing = threading.Lock()
 
@@ -73,15 +70,14 @@ class RegistryStore:
                 store.client.delete_model_version(model, str(number))
         return version
 
-    def mark_ready(self, model: str, version: int, *, tags: Mapping[str, str]) -> None:
+    def mark_ready(self, model: str, version: int) -> None:
         """Let everybody see a version whose files are committed. Repeating it is safe."""
         directory = self._storage.model_dir(model, version)
         if not (directory / MANIFEST).is_file():
             raise StorageError(f"{directory} holds no committed model; {model}@{version} is not registered")
         store = self._store()
         with self._writing, store.translated():
-            for key, value in {**tags, _STATE_TAG: _READY}.items():  # the state last: it publishes
-                store.client.set_model_version_tag(model, str(version), clean_key(key), value)
+            store.client.set_model_version_tag(model, str(version), _STATE_TAG, _READY)
 
     def abandon(self, model: str, version: int) -> None:
         """Give up a reserved version and what was written of it. One that is ready or gone stays as it is."""
@@ -166,7 +162,6 @@ class RegistryStore:
             aliases=tuple(sorted(alias for alias, number in aliases.items() if int(number) == version)),
             run=found.tags.get(_RUN_TAG, ""),
             created=found.creation_timestamp / 1000,
-            tags={key: value for key, value in found.tags.items() if not key.startswith("shoal.")},
         )
 
     def _with_files(self, version: ResolvedModel) -> ResolvedModel:
@@ -189,7 +184,7 @@ class RegistryStore:
         for found in store.all_pages(store.client.search_model_versions, f"name='{model}'"):
             if found.tags.get(_STATE_TAG) != _PENDING:
                 continue
-            age_s = self._clock() - found.creation_timestamp / 1000
+            age_s = time.time() - found.creation_timestamp / 1000
             is_gone = _is_gone(found.tags.get(_WRITER_TAG, ""))
             if is_gone or (is_gone is None and age_s > FOREIGN_AFTER_S):
                 logger.info("removing %s@%s, whose registration was cut off", model, found.version)

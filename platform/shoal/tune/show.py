@@ -108,22 +108,19 @@ def stopped_text(sweep: Watched, num_trials: int) -> str:
     )
 
 
-def trials_table(
-    title: str, trials: Sequence[Trial], objective: Objective, *, num_trials: int, width: int = MAX_WIDTH
-) -> Table:
-    """The trials as a table at most ``width`` wide, the best one marked."""
+def trials_table(title: str, trials: Sequence[Trial], objective: Objective, *, num_trials: int) -> Table:
+    """The trials as a table at most `MAX_WIDTH` columns wide, the best one marked."""
     from rich.table import Table
     from rich.text import Text
 
     done = sum(trial.state.is_final for trial in trials)
     total = max(num_trials, len(trials))  # a population grows by those that replace others
     table = Table(title=f"{title}: {done} of {total} trials done", title_justify="left")
-    table.width = None
     table.add_column("trial", justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
     table.add_column("step", justify="right", no_wrap=True)
     table.add_column(objective.metric, justify="right", no_wrap=True, max_width=20)
-    table.add_column("fields", overflow="ellipsis", no_wrap=True, max_width=max(20, width - 60))
+    table.add_column("fields", overflow="ellipsis", no_wrap=True, max_width=MAX_WIDTH - 60)
     best = best_trial(trials, objective)
     for trial in shown_trials(trials, objective):
         marks = "bold" if trial is best else ("dim" if trial.state is TrialState.PRUNED else "")
