@@ -19,6 +19,7 @@ from typing import Any
 from projects import ROOT
 from shoal.storage import Storage
 from shoal.tracking import RunRecord
+from shoal.train.bad_steps import OnNan
 
 KILLED = int(-signal.SIGKILL)
 RAISED = 70
@@ -36,6 +37,11 @@ class Group:
     shards: int | None = None
     resizes: dict[int, int] = field(default_factory=dict)
     """By step, how many workers are ordered to go on from its end."""
+    poison: list[int] = field(default_factory=list)
+    """Steps whose loss is NaN on rank 0."""
+    on_nan: OnNan = "fail"
+    die_at_step: int | None = None
+    """In which all ranks die by SIGKILL."""
     kill_at: str = ""
     """Where rank 0 of a group that is resized dies: ``ordered``, ``committed``, ``written``; empty: nowhere."""
 
@@ -130,6 +136,8 @@ def _work(group: Group, rank: int, rendezvous: Path) -> None:
     if rank == 0:
         die_at(group.kill_at)
     ElasticToy.resizes = group.resizes
+    ElasticToy.poison = group.poison
+    ElasticToy.die_at_step = group.die_at_step
     ElasticToy.record = RunRecord(Storage(Path(group.storage)), group.name)
     spec = RunSpec(
         recipe=ElasticToy(batch_size=group.batch_size),
@@ -137,6 +145,7 @@ def _work(group: Group, rank: int, rendezvous: Path) -> None:
         storage=Storage(Path(group.storage)),
         target_steps=group.steps,
         shards=group.shards,
+        on_nan=group.on_nan,
         checkpoint_every_s=1e6,  # only what a resize commits is there to go on from
         threads=1,
     )

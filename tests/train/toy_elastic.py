@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from typing import Any
@@ -16,10 +17,15 @@ from toy import Toy
 
 
 class ElasticToy(Toy):
-    """Set ``resizes`` and ``record`` of the class before it trains; rank 0 orders, as a driver would."""
+    """Set ``resizes`` and ``record`` of the class before it trains; rank 0 orders, as a driver would.
+
+    In the steps of ``poison`` rank 0's loss is NaN; in ``die_at_step`` every rank dies.
+    """
 
     resizes = None
     record = None
+    poison = ()
+    die_at_step = None
 
     def build_data(self) -> shoal.Datasets:
         data = super().build_data()
@@ -39,7 +45,10 @@ class ElasticToy(Toy):
             seen.setdefault(step, []).extend(batch[2].tolist())
             if session.group.is_first and step in self.resizes:
                 record.resizing.order(record.attempt, self.resizes[step])
-            session.backward(session.loss(batch))
+            if step == self.die_at_step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            loss = session.loss(batch)
+            session.backward(loss * math.nan if step in self.poison and session.group.is_first else loss)
             session.step()
         file = record.dir / f"seen-{record.attempt}-{session.group.rank}"
         file.write_text("".join(f"{step} {' '.join(map(str, ids))}\n" for step, ids in seen.items()))

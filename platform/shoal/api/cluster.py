@@ -20,6 +20,7 @@ from shoal.train.spec import RunSpec
 if TYPE_CHECKING:
     from shoal.cluster import ClusterInfo
     from shoal.serve import App
+    from shoal.train.bad_steps import OnNan
     from shoal.train.spec import Precision
     from shoal.tune import Sweep
     from shoal.tune.options import SchedulerKind
@@ -59,6 +60,7 @@ class Cluster:
         keep: int | None = None,
         exact: bool | None = None,
         shards: int | None = None,
+        on_nan: OnNan | None = None,
         init_from: str | None = None,
     ) -> Run:
         """Train the recipe on the cluster; returns at once (`Run.wait` blocks).
@@ -74,6 +76,8 @@ class Cluster:
             checkpoint_every: seconds, or ``"30s"``. keep: newest checkpoints besides the best. Default: the file's.
             exact: the same bits on any number of workers, at some cost (docs/exact.md). Default: the file's.
             shards: of an exact run, the parts of every batch, and the most workers. Default: the file's.
+            on_nan: at a NaN or infinite loss ``fail``, ``skip`` the batch, or ``rollback`` to the last checkpoint and
+                skip it from there. Default: the file's.
             init_from: a model version to start from, ``"digits@1"``.
 
         Raises:
@@ -94,6 +98,7 @@ class Cluster:
             keep=keep,
             exact=exact,
             shards=shards,
+            on_nan=on_nan,
             init_from=init_from,
         )
         return launch(

@@ -26,6 +26,9 @@ class _OneStep:
 
         return Wishes()
 
+    def bad_step(self, step: int, samples: list[int], reason: str) -> None:
+        raise AssertionError("on_nan is 'fail' here")
+
     def after_step(self, session: Session, wishes: Wishes) -> bool:
         return True
 

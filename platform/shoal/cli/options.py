@@ -57,6 +57,13 @@ Shards = Annotated[
     int | None,
     typer.Option(metavar="N", help="Of an exact run: parts of each batch, at most as many workers."),
 ]
+OnNan = Annotated[
+    Literal["fail", "skip", "rollback"] | None,
+    typer.Option(
+        metavar="fail|skip|rollback",
+        help="At a NaN loss: fail, skip the batch, or skip it from the last checkpoint on. Default: the file's.",
+    ),
+]
 InitFrom = Annotated[
     str | None, typer.Option(metavar="MODEL", help="A model version to start from, such as digits@1.")
 ]

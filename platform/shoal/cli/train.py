@@ -42,6 +42,7 @@ def train(
     keep: opt.Keep = None,
     exact: opt.Exact = None,
     shards: opt.Shards = None,
+    on_nan: opt.OnNan = None,
     init_from: opt.InitFrom = None,
     detach: opt.Detach = False,
     dry_run: opt.DryRun = False,
@@ -64,6 +65,7 @@ def train(
         keep=keep,
         exact=exact,
         shards=shards,
+        on_nan=on_nan,
         init_from=init_from,
     )
     words = fields or []

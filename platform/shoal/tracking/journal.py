@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 Event = dict[str, Any]
 """One journal line."""
 
-KINDS = frozenset({"start", "metrics", "eval", "checkpoint", "rejected", "warning", "stall", "resize", "end"})
+TROUBLE = frozenset({"warning", "bad_step"})
+"""What somebody should read, in the line's ``message``."""
+KINDS = TROUBLE | {"start", "metrics", "eval", "checkpoint", "rejected", "stall", "resize", "end"}
 _MAX_TEXT = 40_000
 """Characters of a text; a line has at most a megabyte, and a character takes up to 12 bytes of JSON."""
 END_STATES = frozenset({"finished", "stopped", "failed"})

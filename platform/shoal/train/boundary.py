@@ -8,6 +8,7 @@ from pathlib import Path
 from shoal.errors import RecipeError, ShoalError, StorageError
 from shoal.storage import collect_orphans
 from shoal.tracking import RunRecord, RunState
+from shoal.train.bad_steps import BadSteps, BeginAgain
 from shoal.train.cadence import Cadence
 from shoal.train.checkpoint_writer import CheckpointWriter
 from shoal.train.checkpoints import Snapshot, take_snapshot, write_snapshot
@@ -42,6 +43,7 @@ class RunBoundary:
         """What is on its way, on rank 0: this attempt is over."""
         self._cannot_leave = False
         self._run = digest_of(record.identity())
+        self._bad_steps = BadSteps(record.dir)
         self._writer = (
             CheckpointWriter(
                 record.checkpoints_dir,
@@ -60,6 +62,7 @@ class RunBoundary:
         Deletes what an attempt that died left there.
         """
         self._saved_step = beginning.saved_step
+        self._bad_steps.know(beginning.bad_steps)
         if beginning.best is not None:
             step, self._best = beginning.best
             if self._writer is not None:
@@ -119,6 +122,23 @@ class RunBoundary:
             self._on_eval(session.steps_done, values)  # last: it may take its time, or raise
         return is_end or (wishes.resize and self._is_committed(session))
 
+    def bad_step(self, step: int, samples: list[int], reason: str) -> None:
+        self._bad_steps.add(step, samples=samples, reason=reason)
+        is_rollback = self._spec.on_nan == "rollback"
+        if self._group.is_first:
+            self._bad_steps.write()  # before anything is saved without it
+            then = "the run goes back to its last checkpoint, and " if is_rollback else ""
+            self._record.append(
+                "bad_step",
+                step=step,
+                reason=reason,
+                num_samples=len(samples),
+                action=self._spec.on_nan,
+                message=f"step {step}: {reason}; {then}its {len(samples)} samples are left out",
+            )
+        if is_rollback:
+            raise BeginAgain
+
     @heart.during("save")
     def finish(self, session: Session) -> None:
         """Write what is left and the attempt's last line."""
@@ -156,6 +176,7 @@ class RunBoundary:
         if session.steps_done == 0 or path.exists() or self._record.state() == RunState.FINISHED:
             return
         try:
+            self._bad_steps.write()  # rank 0 may have died before it did
             write_snapshot(path, self._snapshot(session, values if step == session.steps_done else {}))
         except (StorageError, RecipeError) as err:
             if not path.exists():  # else another survivor was faster

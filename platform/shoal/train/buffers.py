@@ -15,16 +15,19 @@ class Buffers:
     with rank 0.) The mean is weighted by samples, and of the *changes*, which are summed with the gradients: so a
     buffer that nobody changes keeps its bits. Of buffers that are no floating-point numbers (BatchNorm counts its
     batches) each worker keeps its last shard's: the same everywhere as long as they depend on the number of
-    batches alone. With a single shard nothing is done.
+    batches alone. With a single shard nothing is done, but for `rewind` where ``rewinds`` says that it is needed.
     """
 
-    def __init__(self, model: nn.Module, num_shards: int) -> None:
-        buffers = list(model.buffers()) if num_shards > 1 else []
+    def __init__(self, model: nn.Module, num_shards: int, *, rewinds: bool = False) -> None:
+        self._is_summed = num_shards > 1
+        buffers = list(model.buffers()) if self._is_summed or rewinds else []
         self._floats = _by_dtype(b for b in buffers if b.is_floating_point())
         self._others = [b for b in buffers if not b.is_floating_point()]
         self._floats_before = [_flat(same) for same in self._floats]
         self._others_before = [buffer.clone() for buffer in self._others]
-        self.riders = {same[0].dtype: sum(b.numel() for b in same) for same in self._floats}
+        self.riders = (
+            {same[0].dtype: sum(b.numel() for b in same) for same in self._floats} if self._is_summed else {}
+        )
         """How many numbers of each dtype are summed with the gradients."""
 
     def begin(self, index: int) -> None:
@@ -37,6 +40,8 @@ class Buffers:
 
     def ride(self, rider: Mapping[torch.dtype, torch.Tensor], weight: float) -> None:
         """After that forward pass: add what it changed to what is summed; ``weight`` is the part's share."""
+        if not self._is_summed:
+            return
         for same, before in zip(self._floats, self._floats_before, strict=True):
             after = _flat(same)
             origin = _origin(before)
@@ -45,6 +50,8 @@ class Buffers:
 
     def land(self, rider: Mapping[torch.dtype, torch.Tensor]) -> None:
         """After the step: ``rider`` holds the sums."""
+        if not self._is_summed:
+            return
         for same, before in zip(self._floats, self._floats_before, strict=True):
             _spread(_origin(before) + rider[before.dtype], same)
 

@@ -11,6 +11,7 @@ import torch
 from shoal.errors import DeadlineExceeded, EnvironmentFailure, PeerLost, RecipeError
 from shoal.storage import FileLock
 from shoal.tracking import RunRecord, RunState, being_trained
+from shoal.train.bad_steps import BeginAgain
 from shoal.train.boundary import RunBoundary
 from shoal.train.group import Group
 from shoal.train.loader import build_data
@@ -37,7 +38,8 @@ def train_worker(spec: RunSpec, group: Group, *, on_eval: EvalListener | None = 
     begin = record.end_offset
     with heart.attempt(), _HeldRun(record, group):
         try:
-            _train(spec, group, record, on_eval)
+            while _train(spec, group, record, on_eval):
+                heart.begin_again()
         except PeerLost:
             group.leave()
             if not _has_ended(record, begin):
@@ -51,7 +53,8 @@ def train_worker(spec: RunSpec, group: Group, *, on_eval: EvalListener | None = 
             group.leave()
 
 
-def _train(spec: RunSpec, group: Group, record: RunRecord, on_eval: EvalListener | None) -> None:
+def _train(spec: RunSpec, group: Group, record: RunRecord, on_eval: EvalListener | None) -> bool:
+    """True where all ranks are to begin anew, from what is committed by now."""
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     data = build_data(spec.recipe, spec.seed)
@@ -65,6 +68,7 @@ def _train(spec: RunSpec, group: Group, record: RunRecord, on_eval: EvalListener
         target_steps=spec.target_steps,
         precision=spec.precision,
         shards=spec.shards,
+        on_nan=spec.on_nan,
     )
     check_data(record, data, group)
     beginning = restore(session, spec, record)
@@ -86,6 +90,9 @@ def _train(spec: RunSpec, group: Group, record: RunRecord, on_eval: EvalListener
         boundary.catch_up(session, beginning)
         spec.recipe.train(session)
         boundary.finish(session)
+        return False
+    except BeginAgain:
+        return True
     except PeerLost:
         boundary.rescue(session)
         raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,15 +30,16 @@ def training_loader(
     shards: range,
     num_shards: int,
     *,
+    left_out: Container[int],
     pin_memory: bool,
     sample_seed: int,
 ) -> DataLoader[Any]:
-    """Each of ``shards`` of the batch of each of ``steps``, in this order, on the CPU."""
+    """Each of ``shards`` of the batch of each of ``steps`` but those ``left_out``, in this order, on the CPU."""
     if data.loader_workers > 0:
         dataset: Dataset[Any] = _Positioned(data.train, sample_seed)
-        batches: Iterable[list[Any]] = _ShardBatches(order, steps, shards, num_shards)
+        batches: Iterable[list[Any]] = _ShardBatches(order, steps, shards, num_shards, left_out)
     else:  # random augmentation draws from this process's generators, seeded by step and shard
-        dataset, batches = data.train, _IdBatches(order, steps, shards, num_shards)
+        dataset, batches = data.train, _IdBatches(order, steps, shards, num_shards, left_out)
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -64,14 +65,15 @@ def evaluation_loader(
 class _ShardBatches:
     """A batch sampler: (position, sample id) pairs, shard by shard and step by step."""
 
-    def __init__(self, order: DataOrder, steps: range, shards: range, num_shards: int) -> None:
+    def __init__(
+        self, order: DataOrder, steps: range, shards: range, num_shards: int, left_out: Container[int]
+    ) -> None:
         self._order, self._steps, self._shards, self._num_shards = order, steps, shards, num_shards
+        self._left_out = left_out
 
     def __iter__(self) -> Iterator[list[Any]]:
-        return self._order.batches(self._steps, self._shards, self._num_shards)
-
-    def __len__(self) -> int:
-        return len(self._steps) * len(self._shards)
+        steps = (step for step in self._steps if step not in self._left_out)
+        return self._order.batches(steps, self._shards, self._num_shards)
 
 
 class _IdBatches(_ShardBatches):

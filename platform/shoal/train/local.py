@@ -49,6 +49,9 @@ class _Listener:
         self.history.append({"step": session.steps_done, **(session.take_progress() or {})})
         return session.steps_done >= session.target_steps
 
+    def bad_step(self, step: int, samples: list[int], reason: str) -> None:
+        raise AssertionError("without a record, on_nan is 'fail'")
+
 
 def fit(recipe: Recipe, *, steps: int | None = None, seed: int = 0) -> Fitted:
     """Train ``recipe`` here for ``steps`` (default: the recipe's) and measure it. Blocks.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, get_args
 from shoal.errors import RequestError
 from shoal.recipe import Recipe
 from shoal.storage import Storage
+from shoal.train.bad_steps import OnNan
 from shoal.train.option_rules import (
     Rule,
     check,
@@ -43,6 +44,7 @@ RULES = {
     "keep": Rule(whole_number(1), "a whole number, 1 or more, such as 3"),
     "exact": Rule(lambda value: isinstance(value, bool), "True or False"),
     "shards": Rule(whole_number(1), "a whole number, 1 or more, such as 8; it goes with exact"),
+    "on_nan": Rule(one_of(*get_args(OnNan)), "'fail', 'skip' or 'rollback'"),
     "init_from": Rule(is_text, "a version of a model as text, such as 'digits@1'"),
 }
 
@@ -74,6 +76,9 @@ class RunOptions:
     shards: int | None = None
     """Of an exact run, into how many shards every batch is divided, which is the most workers it can have.
     None: the file's."""
+    on_nan: OnNan | None = None
+    """What to do when a loss is NaN or infinite: ``fail``, ``skip`` the batch, or ``rollback`` to the last checkpoint
+    and skip it from there. None: the file's."""
     init_from: str | None = None
     """A model version whose weights a fresh run starts from, such as ``"digits@1"``."""
 
@@ -153,6 +158,7 @@ def plan_run(
         seed=options.seed,
         precision=options.precision,
         shards=shards,
+        on_nan=config.train.on_nan if options.on_nan is None else options.on_nan,
         checkpoint_every_s=float(config.train.checkpoint_every if every is None else duration(every)),
         keep=config.train.keep if options.keep is None else options.keep,
         init_from=None if init_from is None else init_from.path,

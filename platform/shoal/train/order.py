@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +36,9 @@ class DataOrder:
         ids: list[int] = torch.randperm(self.num_samples, generator=generator).tolist()
         return ids
 
-    def batches(self, steps: range, shards: range, num_shards: int) -> Iterator[list[tuple[int, int]]]:
+    def batches(
+        self, steps: Iterable[int], shards: range, num_shards: int
+    ) -> Iterator[list[tuple[int, int]]]:
         """The (position, sample id) pairs of each of ``shards`` of each step, in this order."""
         epoch_number, ids = -1, []
         for step in steps:
@@ -48,3 +50,8 @@ class DataOrder:
                         ids = self.epoch(epoch_number)
                     batch.append((position, ids[position % self.num_samples]))
                 yield batch
+
+    def samples(self, step: int) -> list[int]:
+        """The sample ids of a step's whole batch, in its order."""
+        (batch,) = self.batches((step,), range(1), 1)
+        return [sample for _, sample in batch]

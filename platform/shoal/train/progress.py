@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from shoal.tracking import RunRecord
+from shoal.tracking.journal import TROUBLE
 from shoal.train.stall import stall_text
 
 PLAIN_INTERVAL_S = 5.0
@@ -132,8 +133,8 @@ class _Feed:
             return f"committed at step {event['step']:,} to go on with {_workers_text(event['to'])}"
         elif kind == "stall":
             return stall_text(event)
-        elif kind == "warning":
-            return f"warning: {event['message']}"
+        elif kind in TROUBLE:
+            return f"{kind.replace('_', ' ')}: {event['message']}"
         elif kind == "rejected":
             return f"checkpoint {event['path']} does not verify ({event['reason']}); going back to the one before"
         return ""

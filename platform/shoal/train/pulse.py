@@ -59,6 +59,10 @@ class Heart:
         finally:
             self._enter("done")
 
+    def begin_again(self) -> None:
+        """Within an `attempt`: it is set up anew, by the same thread."""
+        self._begin()
+
     def _enter(self, phase: Phase) -> None:
         self._phase = phase
         if phase == "step":

@@ -49,6 +49,7 @@ class _Bucket:
     ) -> None:
         size = sum(p.numel() for p in params)
         self.flat = torch.zeros(-(-(size + num_extra) // multiple) * multiple, dtype=dtype, device=device)
+        self.gradients = self.flat[:size]
         self.extra = self.flat[size : size + num_extra]
         self.views = {}
         offset = 0
@@ -128,7 +129,7 @@ class GradientBuckets:
         self._additions = additions
         self._index = 0
         self._exchange = exchange
-        trained = [p for p in params if p.requires_grad]
+        self._trained = trained = [p for p in params if p.requires_grad]
         # The loss is summed in float32 whatever the model's precision, in a buffer of its own if it must.
         extra = dict(riders or {})
         extra[torch.float32] = NUM_CONTROL + extra.get(torch.float32, 0)
@@ -189,6 +190,18 @@ class GradientBuckets:
         with heart.waiting:  # on a GPU the collectives have only been queued so far
             loss, *words = self._control.tolist()
         return loss, Wishes(*(word > 0 for word in words))
+
+    def are_finite(self) -> bool:
+        """After `finish`: whether no summed gradient is NaN or infinite. The same on every rank, as the sums are."""
+        if self._hooks:
+            parts = [bucket.gradients for bucket in self._buckets if bucket.views]
+        else:
+            parts = [p.grad for p in self._trained if p.grad is not None]
+        if not parts:
+            return True
+        # One pass over each: a finite sum has finite parts. One that overflowed is looked at again.
+        total = torch.stack([part.sum().float() for part in parts]).sum()
+        return bool(torch.isfinite(total)) or all(bool(torch.isfinite(part).all()) for part in parts)
 
     def close(self) -> None:
         """Take the hooks off the model."""

@@ -16,6 +16,7 @@ from shoal.models.package import WEIGHTS
 from shoal.recipe import Datasets, recipe_ref
 from shoal.storage import create_json, read_json
 from shoal.tracking import RunRecord
+from shoal.train.bad_steps import BadStep, read_bad_steps
 from shoal.train.checkpoints import Loaded, find_checkpoint, measured_at, read_checkpoint
 from shoal.train.fingerprint import fingerprint
 from shoal.train.group import Group
@@ -37,6 +38,8 @@ class Beginning:
     """That checkpoint, if it knows of no validation values at its step, or the record does not."""
     best: tuple[int, float] | None
     """Step and objective of the best checkpoint that is there; None when none was measured."""
+    bad_steps: list[BadStep]
+    """Steps that are left out."""
 
 
 def restore(session: Session, spec: RunSpec, record: RunRecord) -> Beginning:
@@ -50,6 +53,7 @@ def restore(session: Session, spec: RunSpec, record: RunRecord) -> Beginning:
     path: Path | None = None
     is_measured = False
     best: tuple[int, float] | None = None
+    bad_steps: list[BadStep] = []
     if group.is_first:
 
         def rejected(path: Path, reason: str) -> None:
@@ -60,7 +64,9 @@ def restore(session: Session, spec: RunSpec, record: RunRecord) -> Beginning:
             _record_if_missing(record, path)
             is_measured = _is_measured(record, path)
         best = _best_recorded(spec, record)
-    path, is_measured, best = group.share((path, is_measured, best))
+        bad_steps = read_bad_steps(record.dir)
+    path, is_measured, best, bad_steps = group.share((path, is_measured, best, bad_steps))
+    session.left_out = frozenset(bad.step for bad in bad_steps)
     if path is not None:
         loaded = read_checkpoint(path)
         # Its own checkpoints come later; until there is one, every attempt begins from the source's.
@@ -71,6 +77,7 @@ def restore(session: Session, spec: RunSpec, record: RunRecord) -> Beginning:
             saved_step=loaded.step,
             unmeasured=None if is_adopted or is_measured else path,
             best=best,
+            bad_steps=bad_steps,
         )
     if spec.source is not None:
         raise RecipeError(
@@ -79,8 +86,8 @@ def restore(session: Session, spec: RunSpec, record: RunRecord) -> Beginning:
         )
     if spec.init_from is not None:
         _load_weights(session, spec.init_from, expect=spec.init_from_name)
-        return Beginning(source="init_from", best=best)
-    return Beginning(source="fresh", best=best)
+        return Beginning(source="init_from", best=best, bad_steps=bad_steps)
+    return Beginning(source="fresh", best=best, bad_steps=bad_steps)
 
 
 def check_data(record: RunRecord, data: Datasets, group: Group) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from shoal.errors import RecipeError
 from shoal.recipe import Datasets, Recipe
+from shoal.train.bad_steps import OnNan
 from shoal.train.buffers import Buffers
 from shoal.train.group import Group
 from shoal.train.loader import batch_length, evaluation_loader, to_device, training_loader
@@ -42,6 +44,15 @@ class Boundary(Protocol):
         """Do what is due at this boundary, where all ranks know what any wished; True ends the loop here."""
         ...
 
+    def bad_step(self, step: int, samples: list[int], reason: str) -> None:
+        """Record on every rank that the update of ``step`` is left out; asked only where ``on_nan`` is not ``fail``.
+
+        Raises:
+            RecipeError: these are too many.
+            BeginAgain: it is to be left out from the last checkpoint on.
+        """
+        ...
+
 
 @dataclass
 class Progress:
@@ -61,6 +72,7 @@ class Session:
         steps_done: completed steps; the next batch belongs to step ``steps_done`` (from 0).
         target_steps: where the run ends.
         group: rank, number of workers, device.
+        left_out: steps that are completed without their batch.
     """
 
     def __init__(
@@ -74,6 +86,7 @@ class Session:
         target_steps: int,
         precision: Precision = "fp32",
         shards: int | None = None,
+        on_nan: OnNan = "fail",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.recipe = recipe
@@ -82,6 +95,8 @@ class Session:
         self.steps_done = 0
         self.target_steps = target_steps
         self.precision = precision
+        self.left_out: Container[int] = ()
+        self._on_nan = on_nan
         self._boundary = boundary
         self._clock = clock
         self._progress = Progress(since=clock())
@@ -106,7 +121,7 @@ class Session:
         self.scheduler = recipe.build_scheduler(self.optimizer)
         self._scheme = fast(group) if shards is None else exact(self.model, group, shards)
         self._share_initial_weights()
-        self._buffers = Buffers(self.model, self._scheme.num_shards)
+        self._buffers = Buffers(self.model, self._scheme.num_shards, rewinds=on_nan != "fail")
         self._seed_for("begin")
         self._gradients = GradientBuckets(
             self.model.parameters(),
@@ -133,6 +148,11 @@ class Session:
         scheme = self._scheme
         loaded = iter(self._loader())
         for step in range(self.steps_done, self.target_steps):
+            if step in self.left_out:
+                self._pass_over(Wishes())
+                if self._ended:
+                    return
+                continue
             for self._part, shard in enumerate(scheme.mine):
                 self._seed_for("shard", step, shard)  # before it is loaded: augmentation may draw, too
                 batch = next(loaded)
@@ -187,7 +207,8 @@ class Session:
         Does nothing until this worker's last batch of the step. Blocks until every worker has come here.
         Evaluation and the copy for a checkpoint happen inside. ``max_grad_norm`` clips the summed gradient to
         that 2-norm and records the norm as ``grad_norm``; it cannot be clipped before, because until here each
-        worker holds a part of the sum.
+        worker holds a part of the sum. Where the run's ``on_nan`` is not ``fail``, a step whose loss or gradients
+        are NaN or infinite changes nothing but the schedule.
 
         Raises:
             RecipeError: the loss is NaN or infinite (the weights are still those of the step before).
@@ -197,11 +218,9 @@ class Session:
         if self._part < len(self._scheme.mine) - 1:
             return
         loss, wishes = self._gradients.finish()
-        if not math.isfinite(loss):
-            raise RecipeError(
-                f"step {self.steps_done}: the loss is {loss}; the weights are those before this step. "
-                "Lower the learning rate, clip with session.step(max_grad_norm=...), or look at the data"
-            )
+        if reason := self._why_unusable(loss):
+            self._leave_out(reason, wishes)
+            return
         self._buffers.land(self._gradients.rider)
         self._seed_for("step", self.steps_done)  # what the optimizer draws must be the same on every worker
         if max_grad_norm is not None:
@@ -240,6 +259,35 @@ class Session:
             )
         self._phase = to
 
+    def _why_unusable(self, loss: float) -> str:
+        """Why the step's sums must not change the weights, or nothing. They are the same on every rank."""
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if self._on_nan != "fail" and not self._gradients.are_finite():
+            return "a gradient is NaN or infinite"
+        return ""
+
+    def _leave_out(self, reason: str, wishes: Wishes) -> None:
+        """End the step with the state that it began with."""
+        if self._on_nan == "fail":
+            raise RecipeError(
+                f"step {self.steps_done}: {reason}; the weights are those before this step. Lower the learning rate, "
+                "clip with session.step(max_grad_norm=...), look at the data, or go on without such batches: "
+                "on_nan='skip' (--on-nan skip)"
+            )
+        self.rewind()
+        self._boundary.bad_step(self.steps_done, self._order.samples(self.steps_done), reason)
+        self._pass_over(wishes)
+
+    def _pass_over(self, wishes: Wishes) -> None:
+        """Complete a step without an update. The schedule goes on: it is a function of the step alone."""
+        if self.scheduler is not None:
+            with warnings.catch_warnings():  # of a schedule that is stepped before its optimizer ever was
+                warnings.simplefilter("ignore", UserWarning)
+                self.scheduler.step()
+        self._count_step()
+        self._ended = self._boundary.after_step(self, wishes)
+
     def rewind(self) -> None:
         """Make the state that of the last step boundary again, when a lost peer ended the step under way.
 
@@ -251,10 +299,13 @@ class Session:
 
     def step_done(self, loss: float) -> None:
         """Count a completed step; ``loss`` is the mean over its whole batch."""
-        self.steps_done += 1
-        self._is_within_step = False
         self._progress.loss += loss
         self._progress.num_steps += 1
+        self._count_step()
+
+    def _count_step(self) -> None:
+        self.steps_done += 1
+        self._is_within_step = False
         heart.step(self.steps_done)
 
     def take_progress(self) -> dict[str, float] | None:
@@ -313,6 +364,7 @@ class Session:
             range(self.steps_done, self.target_steps),
             self._scheme.mine,
             self._scheme.num_shards,
+            left_out=self.left_out,
             pin_memory=self.group.device.type == "cuda",
             sample_seed=derive_seed(self._seed, "sample"),
         )

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from shoal.recipe import Recipe, field_values, recipe_ref
 from shoal.storage import Storage
+from shoal.train.bad_steps import OnNan
 
 Precision = Literal["fp32", "bf16"]
 """Of the forward pass."""
@@ -41,6 +42,8 @@ class RunSpec:
     precision: Precision = "fp32"
     shards: int | None = None
     """Into how many virtual shards an exact run divides every batch; None for a fast run."""
+    on_nan: OnNan = "fail"
+    """What to do at a NaN or infinite loss."""
     checkpoint_every_s: float = 30.0
     """Seconds between checkpoints; there is always one at the end, and one at every new best."""
     checkpoint_at_eval: bool = False
