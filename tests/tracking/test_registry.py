@@ -37,6 +37,21 @@ def write(directory, version):
     commit(directory, lambda folder: (folder / "weights").write_text(f"v{version}") and None, meta={})
 
 
+def a_dead_writer():
+    dead = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from shoal.storage.owner import *; print(Owner.here().pid, Owner.here().started)",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    ).stdout.split()
+    return asdict(Owner.here()) | {"pid": int(dead[0]), "started": int(dead[1])}
+
+
 @pytest.mark.parametrize(
     "spec", ["", "@", "a@", "@3", "a@0", "a@-1", "a@03", "A", "a@B", "a@b@c", "a@latest", "a/b@1", "../x"]
 )
@@ -125,18 +140,7 @@ class TestOnMlflow:
         self, backend, registry, storage, committed
     ):
         registry.register("digits", write)
-        dead = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                "from shoal.storage.owner import *; print(Owner.here().pid, Owner.here().started)",
-            ],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=60,
-        ).stdout.split()
-        writer = asdict(Owner.here()) | {"pid": int(dead[0]), "started": int(dead[1])}
+        writer = a_dead_writer()
         assert backend.reserve("digits", writer=writer, run=None) == 2
         if committed:
             write(storage.model_dir("digits", 2), 2)
@@ -167,6 +171,27 @@ class TestOnMlflow:
         assert registry.register("digits", write).version == 3
         assert [version.version for version in registry.versions("digits")] == [3]
         assert (storage.model_dir("digits", 1) / "weights").read_text() == "v1"
+
+    def test_a_number_whose_files_mlflow_forgot_is_given_up_without_them(
+        self, backend, registry, storage, monkeypatch
+    ):
+        """The tracker dies, or the database is locked, while it passes over numbers that have files."""
+        for version in (1, 2):
+            write(storage.model_dir("digits", version), version)
+        client = backend._store().client
+
+        def locked(model, version):
+            raise OSError("database is locked")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(client, "delete_model_version", locked)
+            with pytest.raises(TrackingError):
+                backend.reserve("digits", writer=a_dead_writer(), run=None)
+        assert registry.register("digits", write).version == 4
+        backend.abandon("digits", 1)
+        assert [verify(storage.model_dir("digits", number)).files for number in (1, 2)]
+        assert (storage.model_dir("digits", 2) / "weights").read_text() == "v2"
+        assert [version.version for version in registry.versions("digits")] == [4]
 
     def test_marking_ready_again_or_giving_up_a_ready_version_changes_nothing(self, backend, registry):
         registry.register("digits", write)

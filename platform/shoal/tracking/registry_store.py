@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 _STATE_TAG = "shoal.state"
 _WRITER_TAG = "shoal.writer"
 _RUN_TAG = "shoal.run"
-_PENDING, _READY = "pending", "ready"
+_NUMBERED, _PENDING, _READY = "numbered", "pending", "ready"
+"""A version's life: it has a number; its number has no files, so that a writer may make them; it is whole."""
 
 
 class RegistryStore:
@@ -45,7 +46,7 @@ class RegistryStore:
         """The number of a new version that nobody sees yet, for the process ``writer`` to fill."""
         check_name("model", model)
         store = self._store()
-        tags = {_STATE_TAG: _PENDING, _WRITER_TAG: str(Owner(**writer))}
+        tags = {_STATE_TAG: _NUMBERED, _WRITER_TAG: str(Owner(**writer))}
         if run is not None:
             tags[_RUN_TAG] = run
         taken: list[int] = []
@@ -63,9 +64,9 @@ class RegistryStore:
                 version = int(made.version)
                 if not self._storage.model_dir(model, version).exists():
                     break
-                taken.append(
-                    version
-                )  # files of a version MLflow forgot: not written over, nor numbered again
+                taken.append(version)  # files of a version MLflow forgot: not written over, nor numbered again
+            # Only now: what is pending is removed with its files when its writer dies, and those are not his.
+            store.client.set_model_version_tag(model, str(version), _STATE_TAG, _PENDING)
             for number in taken:
                 store.client.delete_model_version(model, str(number))
         return version
@@ -182,7 +183,11 @@ class RegistryStore:
     def _collect(self, store: MlflowStore, model: str) -> None:
         """Remove reservations whose writer died before marking them ready."""
         for found in store.all_pages(store.client.search_model_versions, f"name='{model}'"):
-            if found.tags.get(_STATE_TAG) != _PENDING:
+            state = found.tags.get(_STATE_TAG)
+            if state == _NUMBERED:  # `reserve` was cut off, and this is the next: no writer ever had the number
+                with store.translated():
+                    store.client.delete_model_version(model, str(found.version))
+            if state != _PENDING:
                 continue
             age_s = time.time() - found.creation_timestamp / 1000
             is_gone = _is_gone(found.tags.get(_WRITER_TAG, ""))
