@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import io
 import json
+import math
 import shlex
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,9 @@ from PIL import Image
 from jobs.digits import Digits as DigitsRecipe
 from serve_apps.digits import Digits
 from shoal.errors import ClusterError, CorruptError
-from shoal.models import Lineage, write_package
+from shoal.models import Lineage, ModelPackage, write_package
+from shoal.serve.core import upload
+from shoal.serve.core.answer import Refusal
 from shoal.serve.core.gate import Limits
 from shoal.serve.core.picture import open_picture
 from shoal.serve.handle import curl_command
@@ -138,6 +144,8 @@ def test_predict(endpoint: Digits, body: bytes, content_type: str) -> None:
         (b"x", None, 415, "content_type"),
         (b"x" * 100_001, "image/png", 413, "body_too_large"),
         (b"--b--", "multipart/form-data; boundary=b", 400, "file_missing"),
+        (form(b"x"), "multipart/form-data; boundary=b; charset=undefined", 400, "bad_form"),
+        (form(b"x"), "multipart/form-data; boundary=b; charset=\0", 400, "bad_form"),
     ],
 )
 def test_bad_requests(
@@ -146,6 +154,24 @@ def test_bad_requests(
     got = post(endpoint.asgi(), body, content_type)
     assert (got.status, got.code) == (status, code)
     assert got.headers["x-model-version"] == "digits@1"
+
+
+def test_json_of_many_values_is_refused_unparsed(endpoint: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parsing holds up every other request: 8 MiB of empty lists took seconds."""
+    monkeypatch.setattr(upload, "MAX_JSON_VALUES", 10)
+    monkeypatch.setattr(upload, "_FEW_BYTES", 0)
+    assert upload.parse_json(b"[" + b"0," * 8 + b"[]]") == [0] * 8 + [[]]
+    monkeypatch.setattr("pydantic_core.from_json", lambda *_, **__: pytest.fail("parsed"))
+    for body in (b"[" + b"0," * 10 + b"0]", b"[" * 11 + b"]" * 11, b'{"":' * 11 + b"0" + b"}" * 11):
+        got = post(endpoint.asgi(), body, "application/json")
+        assert (got.status, got.code) == (413, "too_many_values")
+
+
+def test_the_collector_goes_on_after_json_good_or_bad() -> None:
+    for body in (b"[]", b"["):
+        with contextlib.suppress(Refusal):
+            upload.parse_json(body)
+        assert gc.isenabled()
 
 
 def test_wrong_paths_and_methods(endpoint: Digits) -> None:
@@ -163,6 +189,20 @@ def test_model_and_health(endpoint: Digits) -> None:
     assert (model["model"], model["version"], model["recipe"]) == ("digits", 1, "jobs.digits:Digits")
     assert model["lineage"]["run"] == "untrained"
     assert model["rejected"] is False
+
+
+def test_what_json_has_no_word_for_is_said_in_json(endpoint: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = endpoint.loaded
+    assert loaded is not None
+    lineage = replace(loaded.package.lineage, fields={"clip": math.inf}, metrics={"perplexity": math.nan})
+    endpoint._loaded = replace(loaded, package=replace(loaded.package, lineage=lineage))
+    model = get(endpoint.asgi(), "/model")
+    assert model.status == 200
+    assert model.json["lineage"]["fields"] == {"clip": "Infinity"}
+    assert model.json["lineage"]["metrics"] == {"perplexity": "NaN"}
+    monkeypatch.setattr(endpoint, "answer", lambda outputs: [{"score": math.nan}])
+    got = post(endpoint.asgi(), json.dumps(PIXELS).encode(), "application/json")
+    assert json.loads(got.body, parse_constant=pytest.fail)["score"] is None
 
 
 def test_documentation_page(endpoint: Digits) -> None:
@@ -253,6 +293,30 @@ def test_a_bad_package_leaves_the_version_before(endpoint: Digits, tmp_path: Pat
     assert post(app, json.dumps(PIXELS).encode(), "application/json").json["version"] == 1
     endpoint.load(write_version(tmp_path, 3))
     assert get(app, "/model").json["rejected"] is False
+
+
+def test_a_load_that_takes_long_does_not_undo_a_later_one(
+    endpoint: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, fast = write_version(tmp_path, 2), write_version(tmp_path, 3)
+    is_loading, later_is_done = threading.Event(), threading.Event()
+    load = ModelPackage.load
+
+    def slowly(package: ModelPackage) -> Any:
+        if package.version == 2:
+            is_loading.set()
+            later_is_done.wait(0.2)  # a second one that is let in is done now
+        return load(package)
+
+    monkeypatch.setattr(ModelPackage, "load", slowly)
+    first = threading.Thread(target=endpoint.load, args=[slow])
+    first.start()
+    assert is_loading.wait(30)
+    endpoint.load(fast)
+    later_is_done.set()
+    first.join(30)
+    assert endpoint.loaded is not None
+    assert endpoint.loaded.version == 3
 
 
 def test_a_package_of_another_model_is_refused(endpoint: Digits, tmp_path: Path) -> None:

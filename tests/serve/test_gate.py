@@ -155,6 +155,26 @@ def test_caller_that_leaves_gets_no_answer_and_holds_no_place() -> None:
     assert app.meter.num_answers == {(0, b""): 1}
 
 
+@pytest.mark.parametrize("declared", [{"content-length": "9"}, {"transfer-encoding": "chunked"}])
+def test_who_is_refused_before_the_body_came_cannot_go_on_sending(declared: dict[str, str]) -> None:
+    key = {"x-api-key": KEY}
+    for got in (
+        post(gate(keys=Keys([KEY])), b"", None, headers=declared, stall=True),
+        post(gate(max_queue=0), b"", None, headers=declared, stall=True),
+        post(gate(deadline_s=0.01), b"", None, headers=declared, stall=True),
+        post(gate(max_body_bytes=3), b"xxxx", None, headers=declared, stall=True),
+        asyncio.run(ask(gate(keys=Keys([KEY])), path="/healthz", headers=declared, stall=True)),
+    ):
+        assert got.headers.get("connection") == "close", got.status
+    for kept in (
+        post(gate(keys=Keys([KEY])), b"x" * 9, None, headers=declared | key),
+        asyncio.run(ask(gate(keys=Keys([KEY])), path="/model", body=b"x" * 9, headers=declared | key)),
+        get(gate(keys=Keys([KEY])), "/model"),
+        get(gate(keys=Keys([KEY])), "/model", headers={"content-length": "0"}),
+    ):
+        assert "connection" not in kept.headers
+
+
 def test_websocket_is_closed() -> None:
     sent: list[Any] = []
 

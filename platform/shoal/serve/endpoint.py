@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -98,6 +99,7 @@ class Endpoint:
     ) -> None:
         self._limits = limits or Limits()
         self._keys = keys
+        self._loading = threading.Lock()
         self._loaded: Loaded | None = None
         self._rejected: str | None = None
         self._batch_s = 1.0
@@ -133,11 +135,16 @@ class Endpoint:
 
         Blocks for as long as loading takes; call it off the event loop. Until it returns, and if it raises,
         the version before goes on answering. ``expect`` is the (model, version) that the package must hold.
+        Loads run one after the other.
 
         Raises:
             CorruptError: the package does not verify, or holds another version than expected.
             StorageError: it cannot be read.
         """
+        with self._loading:  # else one that takes longer would replace what was asked for later
+            return self._load(path, expect)
+
+    def _load(self, path: Path, expect: tuple[str, int] | None) -> Loaded:
         from shoal.models import ModelPackage
 
         try:
@@ -227,7 +234,8 @@ class Endpoint:
         self._choose_thread(perf_counter() - started)
         named = {"model": loaded.model, "version": loaded.version}
         version = loaded.name.encode()
-        return [Answer(to_json({**row, **named}), version=version) for row in rows]
+        # JSON has no NaN: what is no number is null there.
+        return [Answer(to_json({**row, **named}, inf_nan_mode="null"), version=version) for row in rows]
 
     def _choose_thread(self, seconds: float) -> None:
         """Run the next batches where they cost least, by the moving average of what batches took."""

@@ -17,6 +17,7 @@ def build_routes(endpoint: Endpoint) -> FastAPI:
     """``/predict``, ``/healthz``, ``/model``, ``/docs`` and ``/openapi.json`` for ``endpoint``."""
     from fastapi import FastAPI
     from fastapi.responses import JSONResponse
+    from pydantic_core import to_json
     from starlette.exceptions import HTTPException
     from starlette.requests import Request
     from starlette.responses import Response
@@ -35,9 +36,11 @@ def build_routes(endpoint: Endpoint) -> FastAPI:
             raise no_model()
         return JSONResponse({"status": "ok", "model": loaded.model, "version": loaded.version})
 
-    async def model() -> dict[str, Any]:
+    async def model() -> Response:
         """The model that answers now, and where it comes from."""
-        return endpoint.describe()
+        # A field may be infinite, or a metric NaN, for which JSON has no word.
+        content = to_json(endpoint.describe(), inf_nan_mode="strings")
+        return Response(content, media_type="application/json")
 
     async def refuse(request: Request, error: Exception) -> Response:
         refusal = error if isinstance(error, Refusal) else _of_http_exception(error)

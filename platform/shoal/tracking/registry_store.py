@@ -64,7 +64,8 @@ class RegistryStore:
                 version = int(made.version)
                 if not self._storage.model_dir(model, version).exists():
                     break
-                taken.append(version)  # files of a version MLflow forgot: not written over, nor numbered again
+                # Files of a version MLflow forgot: not written over, nor numbered again.
+                taken.append(version)
             # Only now: what is pending is removed with its files when its writer dies, and those are not his.
             store.client.set_model_version_tag(model, str(version), _STATE_TAG, _PENDING)
             for number in taken:
@@ -184,7 +185,7 @@ class RegistryStore:
         """Remove reservations whose writer died before marking them ready."""
         for found in store.all_pages(store.client.search_model_versions, f"name='{model}'"):
             state = found.tags.get(_STATE_TAG)
-            if state == _NUMBERED:  # `reserve` was cut off, and this is the next: no writer ever had the number
+            if state == _NUMBERED:  # `reserve` was cut off: no writer ever had the number
                 with store.translated():
                     store.client.delete_model_version(model, str(found.version))
             if state != _PENDING:

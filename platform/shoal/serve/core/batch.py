@@ -47,8 +47,8 @@ class Batcher(Generic[Item, Result]):
     async def submit(self, item: Item) -> Result:
         """The result for ``item``.
 
-        A caller that is cancelled while it waits leaves its batch. If ``forward`` raises, every caller of
-        that batch gets the exception; the next batch is not affected.
+        A caller that is cancelled while it waits leaves its batch. If ``forward`` raises, the items of that batch
+        run again one by one, and a caller gets the exception if his does: one bad item fails nobody else's.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
@@ -87,39 +87,38 @@ class Batcher(Generic[Item, Result]):
         return batch
 
     def _run_here(self, batch: list[tuple[Item, asyncio.Future[Result]]]) -> None:
-        try:
-            results = self._checked_forward([item for item, _ in batch])
-        except Exception as error:
-            _fail(batch, error)
-        else:
-            _hand_out(batch, results)
+        _hand_out(batch, self._outcomes([item for item, _ in batch]))
 
     async def _run_on(self, executor: Executor, batch: list[tuple[Item, asyncio.Future[Result]]]) -> None:
         loop = asyncio.get_running_loop()
         try:
-            results = await loop.run_in_executor(executor, self._checked_forward, [item for item, _ in batch])
-        except Exception as error:
-            _fail(batch, error)
-        else:
-            _hand_out(batch, results)
+            outcomes = await loop.run_in_executor(executor, self._outcomes, [item for item, _ in batch])
+            _hand_out(batch, outcomes)
         finally:
             self._running = None
             self._start()  # those who came meanwhile have waited long enough
 
-    def _checked_forward(self, items: Sequence[Item]) -> Sequence[Result]:
-        results = self._forward(items)
-        if len(results) != len(items):
-            raise RuntimeError(f"the endpoint gave {len(results)} answers for a batch of {len(items)}")
+    def _outcomes(self, items: Sequence[Item]) -> Sequence[Result | Exception]:
+        """A result for each item, or why there is none."""
+        try:
+            results = self._forward(items)
+        except Exception as error:
+            if len(items) == 1:
+                return [error]
+            return [outcome for item in items for outcome in self._outcomes([item])]
+        if len(results) != len(items):  # no item's fault
+            wrong = RuntimeError(f"the endpoint gave {len(results)} answers for a batch of {len(items)}")
+            return [wrong] * len(items)
         return results
 
 
-def _hand_out(batch: list[tuple[Item, asyncio.Future[Result]]], results: Sequence[Result]) -> None:
-    for (_, future), result in zip(batch, results, strict=True):
-        if not future.done():
-            future.set_result(result)
-
-
-def _fail(batch: list[tuple[Item, asyncio.Future[Result]]], error: Exception) -> None:
-    for _, future in batch:
-        if not future.done():
-            future.set_exception(error)
+def _hand_out(
+    batch: list[tuple[Item, asyncio.Future[Result]]], outcomes: Sequence[Result | Exception]
+) -> None:
+    for (_, future), outcome in zip(batch, outcomes, strict=True):
+        if future.done():
+            continue
+        if isinstance(outcome, Exception):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)

@@ -19,7 +19,6 @@ from shoal.serve.core.meter import Meter
 logger = logging.getLogger(__name__)
 
 _RETRY_AFTER: tuple[Header, ...] = ((b"retry-after", b"1"),)
-_CLOSE: tuple[Header, ...] = ((b"connection", b"close"),)
 _HEALTH = "/healthz"
 """Open to everybody, without a key or a place in the queue."""
 
@@ -50,8 +49,9 @@ Handler = Callable[[Call], Awaitable[Answer]]
 class Gate:
     """An ASGI app that lets requests through to ``hot`` handlers or to ``app``, within ``limits``.
 
-    Every answer carries ``X-Model-Version``. Errors are JSON, never a traceback: what went wrong inside is
-    logged here and the caller reads "internal error".
+    Every answer carries ``X-Model-Version``. One that comes before the whole body did closes the connection: whoever
+    was refused could hold it for as long as he goes on sending, since nobody counts what comes then. Errors are JSON,
+    never a traceback: what went wrong inside is logged here and the caller reads "internal error".
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Gate:
             await self._refuse_protocol(scope, receive, send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        reply = _Reply(send, self._version)
+        reply = _Reply(send, self._version, scope)
         try:
             await self._pass(path, scope, receive, reply)
         except Refusal as refusal:
@@ -118,6 +118,7 @@ class Gate:
         try:
             async with asyncio.timeout(self._limits.deadline_s):
                 body = await self._read_body(scope, receive)
+                reply.has_read = True
                 if handler is None:
                     await self._app(scope, _replay(body, receive), reply)
                 else:
@@ -153,13 +154,16 @@ class Gate:
 
 
 class _Reply:
-    """The caller's ``send``, which adds the model version to every answer and notes it with the status."""
+    """The caller's ``send``, which adds to every answer what all have, and notes its status and model version."""
 
-    __slots__ = ("_send", "_version_now", "status", "version")
+    __slots__ = ("_scope", "_send", "_version_now", "has_read", "status", "version")
 
-    def __init__(self, send: Send, version: Callable[[], bytes]) -> None:
+    def __init__(self, send: Send, version: Callable[[], bytes], scope: Scope) -> None:
         self._send = send
         self._version_now = version
+        self._scope = scope
+        self.has_read = False
+        """Whether the whole body has come."""
         self.status = 0
         self.version = b""
 
@@ -167,7 +171,7 @@ class _Reply:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             self.version = self._version_now()
-            headers = [*message.get("headers", ()), (b"x-model-version", self.version)]
+            headers = [*message.get("headers", ()), *self._headers()]
             message = {**message, "headers": headers}
         await self._send(message)
 
@@ -179,11 +183,24 @@ class _Reply:
         headers = [
             (b"content-type", answer.content_type),
             (b"content-length", b"%d" % len(answer.body)),
-            (b"x-model-version", self.version),
+            *self._headers(),
             *answer.headers,
         ]
         await self._send({"type": "http.response.start", "status": answer.status, "headers": headers})
         await self._send({"type": "http.response.body", "body": answer.body})
+
+    def _headers(self) -> tuple[Header, ...]:
+        version = (b"x-model-version", self.version)
+        if self.has_read or not _announces_body(self._scope["headers"]):
+            return (version,)
+        return version, (b"connection", b"close")
+
+
+def _announces_body(headers: Any) -> bool:
+    return any(
+        name == b"transfer-encoding" or (name == b"content-length" and value != b"0")
+        for name, value in headers
+    )
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
@@ -212,14 +229,11 @@ def _too_large(limit: int) -> Refusal:
         "body_too_large",
         f"The request's body is larger than {limit} bytes.",
         "Send a smaller picture; the bound is serve.max_body in cluster.yaml.",
-        headers=_CLOSE,
     )
 
 
 def _slow_body() -> Refusal:
-    return Refusal(
-        408, "body_too_slow", "The request's body did not arrive in time.", "Send it faster.", headers=_CLOSE
-    )
+    return Refusal(408, "body_too_slow", "The request's body did not arrive in time.", "Send it faster.")
 
 
 def _slow_answer() -> Refusal:
