@@ -318,11 +318,15 @@ def test_a_broken_section_hides_only_what_was_concluded_from_it(read: Read) -> N
         (b"a: !!python/object:os.system x", None),
         *(
             (
-                f"a: !!{tag} x".encode(),
+                f"a: !!{tag} {text}".encode(),
                 f"(file): not valid YAML: not a value of the tag 'tag:yaml.org,2002:{tag}'; leave the tag out "
                 "(line 1, column 4)",
             )
-            for tag in ("int", "float", "bool", "timestamp")
+            for tag, text in (
+                *((tag, "x") for tag in ("int", "float", "bool", "timestamp")),
+                ("float", '""'),
+                ("float", "1:" * 5000 + "1"),
+            )
         ),
         (b"\xff\xfe\xfa", "(file): not valid YAML: it holds bytes that are not UTF-8 text"),
         (b"? [1]\n: 2", "(file): not valid YAML: found unhashable key (line 1, column 3)"),

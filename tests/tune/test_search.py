@@ -71,6 +71,19 @@ def test_a_finite_space_is_searched_once() -> None:
     assert search.is_exhausted
 
 
+def test_a_sampler_that_insists_on_one_place_of_a_huge_range_is_led_elsewhere() -> None:
+    """The best is at the range's end, where few whole numbers are; listing all of it took the machine's memory."""
+    search = Search({"n": randint(1, 10**9, log=True)}, LOW, seed=0)
+    seen = []
+    for _ in range(14):
+        fields = search.ask()
+        assert fields is not None
+        seen.append(fields["n"])
+        search.tell(fields, "finished", float(fields["n"]))
+    assert len(set(seen)) == 14
+    assert all(type(number) is int and 1 <= number <= 10**9 for number in seen)
+
+
 def test_an_unfinished_trial_is_asked_for_again() -> None:
     search = Search(SPACE, LOW, seed=0)
     fields = {"lr": 0.01, "width": 5, "kind": ["b", 2]}

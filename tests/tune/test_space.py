@@ -50,8 +50,10 @@ def test_values_take_the_type_of_their_field() -> None:
     assert [type(value) for value in checked["width"].values] == [int, int]  # type: ignore[union-attr]
 
 
-def test_whole_numbers_stay_whole() -> None:
-    assert check_space(Line(), {"width": randint(1, 512, log=True)}) == {"width": Integers(1, 512, log=True)}
+@pytest.mark.parametrize("high", [513, 1_000_001, 2**53])  # 0.381966 of a million is a whole number
+def test_whole_numbers_stay_whole(high: int) -> None:
+    domain = randint(1, high, log=True)
+    assert check_space(Line(), {"width": domain}) == {"width": domain}
 
 
 def test_every_problem_at_once() -> None:
@@ -85,6 +87,15 @@ def test_every_problem_at_once() -> None:
 def test_ranges_end(high: float) -> None:
     with pytest.raises(RequestError, match="two finite ends"):
         check_space(Line(), {"lr": uniform(1e-4, high)})
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["width=1..9007199254740993", "width=1.." + "9" * 400, "width=1.." + "9" * 5000, "lr=-1e308..1e308"],
+)
+def test_ranges_that_no_sampler_can_reckon_with(word: str) -> None:
+    with pytest.raises(RequestError, match="two finite ends"):
+        check_space(Line(), parse_space([word])[1])
 
 
 def test_nothing_to_search() -> None:

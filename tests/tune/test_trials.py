@@ -20,7 +20,7 @@ from shoal.train.spec import EvalListener, RunSpec
 from shoal.tune.record import SweepRecord, Trial, TrialState, run_of
 from shoal.tune.search import Search
 from shoal.tune.space import loguniform
-from shoal.tune.sweep import Sweep, best_of, open_sweep
+from shoal.tune.sweep import Sweep, SweepDriver, best_of, open_sweep
 from shoal.tune.trial import TrialPlan, TrialRun, train_here
 from shoal.tune.trials import HOPELESS_AFTER, Trials
 
@@ -353,6 +353,23 @@ def test_a_sweep_that_another_process_drives_is_stopped_by_its_name(storage: Sto
         sweep.stop()
     assert trials.is_stopping
     assert trials.next() is None
+
+
+def test_a_driver_that_cannot_book_its_end_gives_the_sweep_back_and_says_why(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = make_trials(storage)
+
+    def full() -> None:
+        raise StorageError("no space left")
+
+    monkeypatch.setattr(trials, "close", full)
+    released: list[bool] = []
+    record = SweepRecord(storage, "s")
+    sweep = Sweep(record, driver=SweepDriver(trials, lambda: None, lambda: released.append(True)))
+    with pytest.raises(StorageError, match="no space left"):
+        sweep.wait(progress=False, timeout_s=30)
+    assert released
 
 
 def test_importing_the_room_is_light() -> None:

@@ -11,6 +11,7 @@ from shoal.errors import AccessError, ClusterError
 TIMEOUT_S = 5.0
 MAX_ROWS = 10_000
 """Ray's own limit of a state listing."""
+_MAX_BYTES = 64 * 2**20
 
 
 def get(url: str, path: str, token_path: Path) -> Any:
@@ -20,14 +21,15 @@ def get(url: str, path: str, token_path: Path) -> Any:
         AccessError: it refuses the token.
         ClusterError: it does not answer, or not with JSON.
     """
-    import urllib.request  # here, because it loads TLS and mail parsing, 50 ms, for every `shoal --help`
+    import http.client  # here, because these load TLS and mail parsing, 50 ms, for every `shoal --help`
+    import urllib.request
 
     # No proxy: an http_proxy in the environment would be asked for 127.0.0.1.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         headers = {"Authorization": f"Bearer {token_path.read_text()}"}
         with opener.open(urllib.request.Request(url + path, headers=headers), timeout=TIMEOUT_S) as response:
-            return json.loads(response.read())
+            return json.loads(response.read(_MAX_BYTES))
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             raise AccessError(
@@ -37,7 +39,7 @@ def get(url: str, path: str, token_path: Path) -> Any:
         raise ClusterError(
             f"the cluster at {url} answers {path} with {error.code}. Next: shoal doctor"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
         raise ClusterError(f"the cluster at {url} does not answer ({error}). Next: shoal doctor") from error
 
 

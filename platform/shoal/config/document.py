@@ -33,8 +33,8 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep=deep)
-        except (ValueError, KeyError, AttributeError):
-            # What PyYAML lets through on `!!int x`, `!!bool x` and `!!timestamp x`.
+        except (ValueError, KeyError, AttributeError, IndexError, OverflowError):
+            # What PyYAML lets through on `!!int x`, `!!bool x`, `!!timestamp x`, `!!float ""` and `!!float 9:9:...`.
             message = f"not a value of the tag {node.tag!r}; leave the tag out"
             raise yaml.constructor.ConstructorError(None, None, message, node.start_mark) from None
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.errors import AccessError, ClusterError, RequestError
-from shoal.serve.rest import MAX_ANSWER_BYTES, OPENER, read_serve
+from shoal.serve.rest import BROKEN, MAX_ANSWER_BYTES, OPENER, read_serve
 
 if TYPE_CHECKING:
     from shoal.cluster import ClusterInfo
@@ -66,7 +66,7 @@ class App:
                 return answer
         except urllib.error.HTTPError as error:
             raise _as_error(self.name, error) from None
-        except OSError as error:
+        except BROKEN as error:
             raise ClusterError(
                 f"app {self.name!r} at {self.url} does not answer ({error}). See: shoal status"
             ) from None
@@ -81,7 +81,7 @@ class App:
         try:
             with OPENER.open(request, timeout=10.0) as response:
                 page = json.loads(response.read(MAX_ANSWER_BYTES))
-        except OSError as error:
+        except BROKEN as error:
             raise ClusterError(
                 f"app {self.name!r} at {self.url} does not answer ({error}). See: shoal status"
             ) from None
@@ -137,7 +137,7 @@ def answering_model(url: str, *, timeout_s: float = 5.0) -> str:
             return str(response.headers.get("X-Model-Version", "an app without X-Model-Version"))
     except urllib.error.HTTPError as error:
         return f"status {error.code}"
-    except OSError as error:
+    except BROKEN as error:
         return f"nothing ({error})"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -21,6 +22,9 @@ MAX_ANSWER_BYTES = 16 * 2**20
 # No proxy: an http_proxy in the environment would be asked for 127.0.0.1.
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
+BROKEN = (OSError, http.client.HTTPException, ValueError)
+"""What a call and its reading raise when nobody answers, or breaks off half way: HTTP and JSON have errors apart."""
+
 
 _NUM_TRIES = 3
 """Serve's first start fails when the machine is so busy that its proxy is not ready in time; the next succeeds."""
@@ -37,7 +41,11 @@ def read_serve(info: ClusterInfo) -> dict[str, Any]:
         ClusterError: the dashboard does not answer.
         AccessError: it does not accept the cluster's token.
     """
-    details: dict[str, Any] = json.loads(_call(info, "GET", None))
+    content = _call(info, "GET", None)
+    try:
+        details: dict[str, Any] = json.loads(content)
+    except ValueError as error:
+        raise _silent(info, error) from None
     return details
 
 
@@ -86,8 +94,12 @@ def _call(info: ClusterInfo, method: str, body: bytes | None) -> bytes:
             raise AccessError(f"cluster {info.name!r} does not accept its own token: {text}") from None
         kind = _ServeFailed if error.code >= 500 else ClusterError
         raise kind(f"Serve on cluster {info.name!r} refused the request ({error.code}): {text}") from None
-    except OSError as error:
-        raise ClusterError(
-            f"the dashboard of cluster {info.name!r} at {info.dashboard_url} does not answer ({error}). "
-            "See: shoal status"
-        ) from None
+    except BROKEN as error:
+        raise _silent(info, error) from None
+
+
+def _silent(info: ClusterInfo, error: Exception) -> ClusterError:
+    return ClusterError(
+        f"the dashboard of cluster {info.name!r} at {info.dashboard_url} does not answer ({error}). "
+        "See: shoal status"
+    )

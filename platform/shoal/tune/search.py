@@ -20,6 +20,8 @@ Outcome = Literal["finished", "pruned", "failed"]
 
 _MAX_REDRAWS = 10
 """How often a suggestion that was tried before is drawn anew."""
+_MAX_VALUES = 1025
+"""Of one range, to look for fields that were not tried: more than a sweep has trials."""
 
 
 class Search:
@@ -107,7 +109,7 @@ class Search:
         return fields
 
     def _first_untried(self) -> Fields:
-        """Only called for a finite space that is nearly used up, or an astronomically unlucky draw."""
+        """For a finite space that is nearly used up, or a sampler that insists on what it drew before."""
         axes = [[(name, value) for value in _values(domain)] for name, domain in self.space.items()]
         return next(
             fields
@@ -141,9 +143,10 @@ def _values(domain: Domain) -> list[Any]:
         case Choice(values):
             return list(values)
         case Integers(low, high):
-            return list(range(low, high + 1))
+            num_steps = min(high - low, _MAX_VALUES - 1)
+            return [low + (high - low) * part // num_steps for part in range(num_steps + 1)]
         case Uniform(low, high):
-            return [low + (high - low) * part / 1024 for part in range(1025)]
+            return [low + (high - low) * part / (_MAX_VALUES - 1) for part in range(_MAX_VALUES)]
 
 
 def _key(fields: Mapping[str, Any]) -> str:

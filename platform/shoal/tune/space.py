@@ -12,7 +12,9 @@ from shoal.errors import RecipeError, RequestError, did_you_mean
 from shoal.recipe import Recipe, field_values, replace
 
 _GOLDEN = 0.381966
-"""A place inside a range that is no whole number unless the range's field takes any."""
+"""A place inside a range of numbers, at no end of it."""
+_MAX_WHOLE = 2**53
+"""Above it floats, in which samplers reckon, leave whole numbers out."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def choice(values: Sequence[Any]) -> Choice:
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _RANGE = re.compile(rf"(log:)?({_NUMBER})\.\.({_NUMBER})")
-_WHOLE = re.compile(r"[+-]?\d+")
+_WHOLE = re.compile(r"[+-]?\d{1,300}")  # int() refuses thousands of digits; as a float they are infinite
 
 
 def parse_space(words: Sequence[str]) -> tuple[dict[str, str], dict[str, Domain]]:
@@ -157,11 +159,14 @@ def _check_domain(recipe: Recipe, name: str, domain: object) -> Domain | str:
         case Choice(values):
             return _check_choice(recipe, name, values)
         case Uniform(low, high) | Integers(low, high):
-            if not (_is_number(low) and _is_number(high) and low < high):
-                return f"the range {domain} must have two finite ends, the lower one first"
+            if not (_is_number(low) and _is_number(high) and low < high and math.isfinite(high - low)):
+                return (
+                    f"the range {domain} must have two finite ends, the lower one first, and whole numbers within "
+                    "2**53 of 0"
+                )
             if domain.log and low <= 0:
                 return f"the range {domain} is by orders of magnitude and must begin above 0"
-            if isinstance(domain, Integers) and _fits(recipe, name, low + (high - low) * _GOLDEN) is None:
+            if isinstance(domain, Integers) and _fits(recipe, name, low + 0.5) is None:
                 domain = Uniform(float(low), float(high), log=domain.log)  # the field takes any number
             inside = low + (high - low) * _GOLDEN if isinstance(domain, Uniform) else low
             wrong = _fits(recipe, name, low) or _fits(recipe, name, high) or _fits(recipe, name, inside)
@@ -195,7 +200,13 @@ def _fits(recipe: Recipe, name: str, value: Any) -> str | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool):
+        return False
+    return (
+        abs(value) <= _MAX_WHOLE
+        if isinstance(value, int)
+        else isinstance(value, float) and math.isfinite(value)
+    )
 
 
 def _refusal(problems: Sequence[str]) -> RequestError:

@@ -170,8 +170,12 @@ class SweepDriver:
             logger.debug("the sweep's driver failed", exc_info=True)
             self.failure = ClusterError(f"the sweep's driver failed: {type(err).__name__}: {err}")
         finally:
-            self.trials.close()
-            self._close()
+            try:
+                self.trials.close()
+            except ShoalError as err:  # a full disk, say: what is not booked is in the runs' journals
+                self.failure = self.failure or err
+            finally:
+                self._close()
 
 
 def best_of(sweep: str, trials: list[Trial], objective: Objective) -> Trial:
