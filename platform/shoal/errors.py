@@ -14,6 +14,7 @@
     │   ├── TrackingError       tracking that does not answer where it is needed
     │   ├── WorkerLost          workers died more often than we retry
     │   ├── PeerLost            a worker waited in vain for another of its run
+    │   ├── SupersededError     another process has taken over the run that this one trained
     │   └── DeadlineExceeded    a wait that ran out; says what it waited for
     └── InternalError           a bug in shoal; please report it
 
@@ -131,6 +132,10 @@ class WorkerLost(EnvironmentFailure):
 
 class PeerLost(EnvironmentFailure):
     """A collective failed: another worker died, hangs, or left because of an error of its own."""
+
+
+class SupersededError(EnvironmentFailure):
+    """Another process has taken over what this one wrote; it stops, and what it wrote since is not used."""
 
 
 class DeadlineExceeded(EnvironmentFailure):

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import shoal
+from committed import folder_of
 from projects import ROOT
 from shoal import api
 from shoal.errors import CorruptError, IdentityError, NotFoundError, RecipeError, RequestError
 from shoal.tracking import RunRecord, RunState, ensure_tracker
 from shoal.train.checkpoints import read_checkpoint
-from shoal.train.stamp import checkpoint_path
 from waiting import wait_until
 
 pytestmark = pytest.mark.cluster
@@ -46,7 +46,7 @@ def slow_digits(**fields: Any) -> Any:
 
 
 def weights_of(run: shoal.Run) -> dict[str, torch.Tensor]:
-    return read_checkpoint(checkpoint_path(run.record.checkpoints_dir, STEPS)).model
+    return read_checkpoint(folder_of(run.record, STEPS)).model
 
 
 def assert_same_weights(one: shoal.Run, other: shoal.Run) -> None:
@@ -111,7 +111,7 @@ def test_a_run_stopped_by_request_commits_first(attached: shoal.Cluster) -> None
     run.stop()
     run.wait(progress=False)
     assert run.state == RunState.STOPPED
-    assert checkpoint_path(run.record.checkpoints_dir, run.step).is_dir()
+    assert folder_of(run.record, run.step).is_dir()
 
 
 def test_a_finished_run_is_returned_saying_so(attached: shoal.Cluster, trained: shoal.Run) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 import shoal
+from committed import folder_of
 from shoal import api
 from shoal.errors import RequestError
 from shoal.tracking import RunState
-from shoal.train.stamp import checkpoint_path
 from waiting import wait_until
 
 pytestmark = pytest.mark.cluster
@@ -60,7 +60,7 @@ def hurry(cluster: shoal.Cluster) -> None:
 
 
 def bytes_of(run: shoal.Run) -> str:
-    folder: Path = checkpoint_path(run.record.checkpoints_dir, STEPS)
+    folder: Path = folder_of(run.record, STEPS)
     files = sorted(folder.glob("*.safetensors"))
     assert len(files) == 2
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -19,13 +19,15 @@ from typing import Any
 import psutil
 
 from shoal.errors import CorruptError
-from shoal.storage import Storage, verify
+from shoal.storage import NO_TOKEN, Storage, verify
 from shoal.tracking import RunRecord, RunState
-from shoal.train.stamp import checkpoint_path
+from shoal.train.stamp import checkpoint_at, checkpoint_path, names_checkpoint
 
 RUN = "run"
-_MAY_STAY = frozenset({"identity.json", "journal.jsonl", "checkpoints", "lock", "driver.lock", "data.json"})
-_CHECKPOINT = re.compile(r"step-\d{10}")
+_MAY_STAY = frozenset(
+    {"identity.json", "journal.jsonl", "checkpoints", "lock", "driver.lock", "data.json", "fence"}
+)
+_TOKEN = re.compile(r"\d{6}\.json")
 _KEPT = 3
 """Two newest and the best."""
 
@@ -55,8 +57,9 @@ class Left:
         return RunRecord(Storage(self.folder / "storage"), RUN)
 
     def final(self, steps: int) -> Path:
-        """The folder of the last checkpoint."""
-        return checkpoint_path(self.record.checkpoints_dir, steps)
+        """The folder of the last checkpoint; where none counts, one that is not there."""
+        found = checkpoint_at(self.record, steps)
+        return found or checkpoint_path(self.record.checkpoints_dir, steps, NO_TOKEN)
 
     def played(self) -> dict[str, Any]:
         """How the arena says that it went."""
@@ -199,7 +202,11 @@ def check_left_behind(run: Path) -> list[str]:
     found = [f"left behind: {path.relative_to(run)}" for path in run.iterdir() if path.name not in _MAY_STAY]
     checkpoints = run / "checkpoints"
     names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
-    found += [f"left behind: checkpoints/{name}" for name in names if not _CHECKPOINT.fullmatch(name)]
+    found += [f"left behind: checkpoints/{name}" for name in names if not names_checkpoint(name)]
+    tokens = [path.name for path in (run / "fence").glob("*")]
+    found += [f"left behind: fence/{name}" for name in tokens if not _TOKEN.fullmatch(name)]
+    if len(tokens := [name for name in tokens if _TOKEN.fullmatch(name)]) > 1:
+        found.append(f"more tokens than the last holder's are left: {', '.join(sorted(tokens))}")
     if len(names) > _KEPT:
         found.append(f"{len(names)} checkpoints are kept: {', '.join(sorted(names))}")
     return found

@@ -53,7 +53,11 @@ def leave(folder: Path) -> Left:
         (into / "rest.safetensors").write_bytes(bytes(range(64, 128)))
         (into / "state.json").write_text('{"step": 4}')
 
-    commit(checkpoint_path(record.checkpoints_dir, 4), write, meta=stamp(step=4, run="x"))
+    token = record.fence.take()
+    token.begin({})
+    commit(
+        checkpoint_path(record.checkpoints_dir, 4, token.number), write, meta=stamp(step=4, run="x", token=1)
+    )
     record.append(
         "start", workers=2, pids=[1, 2], host="h", step=0, target_steps=4, source="fresh", revision=""
     )
@@ -134,9 +138,22 @@ def leave_a_temporary_checkpoint(left: Left) -> None:
     (left.record.checkpoints_dir / ".step-0000000003.0-0-1-1-0.tmp").mkdir()
 
 
+def leave_a_temporary_token(left: Left) -> None:
+    (left.record.fence.folder / ".000002.json.0-0-1-1-0.tmp").touch()
+
+
+def leave_tokens(left: Left) -> None:
+    left.record.fence.take()
+
+
+def go_on_elsewhere(left: Left) -> None:
+    """Somebody began anew, so that the last checkpoint counts no more."""
+    left.record.fence.take().begin({})
+
+
 def leave_checkpoints(left: Left) -> None:
     for step in (1, 2, 3):
-        shutil.copytree(left.final(4), checkpoint_path(left.record.checkpoints_dir, step))
+        shutil.copytree(left.final(4), checkpoint_path(left.record.checkpoints_dir, step, 1))
 
 
 def unfinished(left: Left) -> None:
@@ -181,6 +198,9 @@ def not_over(left: Left) -> None:
         (skip_a_step, "steps 0 to 1: missing [3, 4, 5]"),
         (leave_a_temporary_file, "left behind: .data.json"),
         (leave_a_temporary_checkpoint, "left behind: checkpoints/.step-0000000003"),
+        (leave_a_temporary_token, "left behind: fence/.000002"),
+        (leave_tokens, "more tokens than the last holder's are left: 000001.json, 000002.json"),
+        (go_on_elsewhere, "No such file"),
         (leave_checkpoints, "4 checkpoints are kept"),
         (unfinished, "the run is stopped at step 4"),
         (finish_early, "not finished at step 4"),

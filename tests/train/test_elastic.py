@@ -16,7 +16,14 @@ import pytest
 
 from shoal.capacity.elastic import LOOKS
 from shoal.config import Range
-from shoal.errors import ClusterError, DeadlineExceeded, RequestError
+from shoal.errors import (
+    ClusterError,
+    DeadlineExceeded,
+    RequestError,
+    StorageError,
+    SupersededError,
+    WorkerLost,
+)
 from shoal.storage import FileLock, Storage
 from shoal.tracking import RunRecord, RunState, Wish
 from shoal.train import driver as drivers
@@ -269,6 +276,32 @@ def test_workers_that_left_for_another_number_start_again_with_it(
     assert group.wanted == [Range(2, 2), Range(1, 1)]
     assert group.held_out_s == [0.0, drivers.HOLD_OUT_S], "its own room is free a moment later"
     assert record.state() is RunState.FINISHED
+
+
+@pytest.mark.parametrize("end", [WorkerLost("died too often"), SupersededError("taken over"), None])
+def test_a_driver_that_was_superseded_writes_nothing_more(
+    record: RunRecord, group: Played, tmp_path: Path, end: Exception | None
+) -> None:
+    """However its workers end, and whether they have seen it themselves."""
+    told: list[Any] = []
+
+    def first() -> None:
+        begin(record, 2)
+        leave(record, 40, 2, 1)
+        record.fence.take()  # another driver, which holds another lock, or none
+        record.mark_stop()
+        told.extend(record.events())
+        if end is not None:
+            raise end
+
+    group.scenes = [first]
+    driver = driver_of(record, tmp_path, Range(2, 2))
+    run_to_end(driver, SupersededError)
+    assert record.events() == told
+    theirs = RunRecord(Storage(tmp_path), "run")
+    theirs.append_end(RunState.FAILED, step=50, failure=StorageError("the other one's"))
+    with pytest.raises(SupersededError):
+        Run(record, driver=driver).wait(progress=False)
 
 
 def test_stop_beats_resize(record: RunRecord, group: Played, tmp_path: Path) -> None:

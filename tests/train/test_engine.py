@@ -10,14 +10,15 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import nn
 
 import shoal
-from shoal.errors import CorruptError, PeerLost, RecipeError, StorageError
+from committed import folder_of
+from shoal.errors import CorruptError, PeerLost, RecipeError, StorageError, SupersededError
 from shoal.recipe import maximize
 from shoal.storage import MANIFEST, Storage, commit, verify
 from shoal.storage.owner import Owner
@@ -29,7 +30,7 @@ from shoal.train.export import write_run_package
 from shoal.train.group import Group
 from shoal.train.run import Run
 from shoal.train.spec import RunSpec, digest_of
-from shoal.train.stamp import checkpoint_path, step_of
+from shoal.train.stamp import checkpoint_at, checkpoint_path, position_of, step_of
 from toy import Toy
 from waiting import DEADLINE_S
 
@@ -50,7 +51,7 @@ def error_of(record: RunRecord) -> str:
 
 
 def weights_of(record: RunRecord, step: int) -> dict[str, torch.Tensor]:
-    return checkpoints.read_checkpoint(checkpoint_path(record.checkpoints_dir, step)).model
+    return checkpoints.read_checkpoint(folder_of(record, step)).model
 
 
 def test_a_run_records_what_happened_and_learns(tmp_path: Path) -> None:
@@ -92,7 +93,7 @@ def test_a_peer_lost_between_an_evaluation_and_its_checkpoint_costs_no_best_mode
             train(spec)
     record = train(spec)
     assert record.events(("start",))[-1]["step"] == 20
-    assert checkpoint_path(record.checkpoints_dir, 20).exists(), "the best one is kept beside the newest two"
+    assert folder_of(record, 20).exists(), "the best one is kept beside the newest two"
     assert step_of(Run(record).best_checkpoint()) == 20
 
 
@@ -124,7 +125,9 @@ def test_a_peer_lost_in_an_evaluation_costs_no_evaluation(
     found, expected = ({e["step"]: e["values"] for e in r.events(("eval",))} for r in (record, undisturbed))
     assert found == expected
     assert step_of(Run(record).best_checkpoint()) == 20
-    kept, expected_kept = ({p.name for p in r.checkpoints_dir.iterdir()} for r in (record, undisturbed))
+    kept, expected_kept = (
+        {step_of(path) for path in r.checkpoints_dir.iterdir()} for r in (record, undisturbed)
+    )
     assert kept == expected_kept
 
 
@@ -165,6 +168,52 @@ def test_steps_between_looks_are_one_or_more(eval_every: int) -> None:
         Never()
 
 
+class Overtaken(Toy):
+    """At step 25 another driver takes over, goes on from step 20, and commits step 30."""
+
+    storage: ClassVar[Path]
+    told: ClassVar[list[Any]]
+
+    def train(self, session: shoal.Session) -> None:
+        for batch in session.batches():
+            if session.steps_done == 25:
+                record = RunRecord(Storage(self.storage), "run")
+                token = record.fence.take()
+                there = map(position_of, record.checkpoints_dir.iterdir())
+                token.begin(record.fence.succession().up_to((20, 1), there))
+                self.told.extend(record.events())
+            session.backward(session.loss(batch))
+            session.step()
+
+
+@pytest.mark.parametrize("looks_every_s", [0.0, 1e6])
+def test_a_run_that_was_taken_over_ends_and_writes_nothing_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks_every_s: float
+) -> None:
+    """It finds out at its next look, or when it commits."""
+    monkeypatch.setattr(cadence, "STOP_POLL_S", looks_every_s)
+    monkeypatch.setattr(Overtaken, "storage", tmp_path, raising=False)
+    monkeypatch.setattr(Overtaken, "told", told := [], raising=False)
+    record = RunRecord(Storage(tmp_path), "run")
+    with pytest.raises(SupersededError, match="token 2; this one has 1"):
+        train(spec_of(tmp_path, Overtaken(), checkpoint_every_s=1e6))
+    assert record.events() == told
+    assert {position_of(path) for path in record.checkpoints_dir.iterdir()} == {(20, 1)}
+    assert not record.is_locked()
+
+
+def test_what_somebody_committed_who_was_taken_over_is_neither_read_nor_kept(tmp_path: Path) -> None:
+    record = train(spec_of(tmp_path, target_steps=20))
+    train(spec_of(tmp_path, target_steps=40))
+    late = checkpoint_path(record.checkpoints_dir, 50, 1)
+    shutil.copytree(folder_of(record, 20), late)
+    assert checkpoint_at(record, 50) is None
+    record = train(spec_of(tmp_path))
+    assert [event["step"] for event in record.events(("start",))] == [0, 20, 40]
+    assert record.events(("rejected",)) == [], "it is whole, and not looked at"
+    assert not late.exists()
+
+
 def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path: Path) -> None:
     record = train(spec_of(tmp_path, Declining(eval_every=5), keep=1, checkpoint_every_s=0.001))
     steps = sorted(step_of(path) for path in record.checkpoints_dir.glob("step-*"))
@@ -179,7 +228,7 @@ def test_what_a_dead_attempt_left_is_deleted_when_the_next_begins(tmp_path: Path
     record = train(spec)
     newest, *others = sorted(record.checkpoints_dir.glob("step-*"), reverse=True)
     for step in (10, 20, 30):
-        if not (place := checkpoint_path(record.checkpoints_dir, step)).exists():
+        if not (place := checkpoint_path(record.checkpoints_dir, step, 1)).exists():
             shutil.copytree(newest, place)  # it died when it had committed, and before it deleted
     dead = replace(Owner.here(), started=1)
     (record.dir / f".data.json.{dead}-01234567.tmp").write_text("half")
@@ -245,7 +294,7 @@ def test_ordered_to_resize_it_commits_that_very_boundary_and_has_not_ended(
     assert (line["step"], line["from"], line["to"]) == (11, 1, 3)
     assert record.events(("end",)) == []
     assert (record.state(), record.step) == (RunState.INTERRUPTED, 11)
-    verify(checkpoint_path(record.checkpoints_dir, 11))
+    verify(folder_of(record, 11))
     assert RunRecord(Storage(tmp_path), "run").resizing.ordered(1) == 3, "nobody took it back"
     again = train(spec_of(tmp_path, Toy(eval_every=60)))
     assert again.state() == RunState.FINISHED, "an order is for one attempt"
@@ -437,7 +486,7 @@ def test_two_attempts_never_train_one_run_at_once(tmp_path: Path, monkeypatch: p
 
 def test_a_damaged_newest_checkpoint_never_pushes_out_what_verifies(tmp_path: Path) -> None:
     record = train(spec_of(tmp_path, Toy(eval_every=60), target_steps=40, keep=1))
-    checkpoint_path(record.checkpoints_dir, 40).rename(record.checkpoints_dir / "step-0000000900")
+    folder_of(record, 40).rename(checkpoint_path(record.checkpoints_dir, 900, 1))
     record = train(spec_of(tmp_path, Toy(eval_every=60), target_steps=60, keep=1))
     kept = {step_of(path) for path in record.checkpoints_dir.glob("step-*")}
     assert 60 in kept
@@ -447,17 +496,19 @@ def test_a_best_checkpoint_that_was_damaged_is_no_longer_the_best(tmp_path: Path
     spec = spec_of(tmp_path, Declining(), target_steps=20)
     RunRecord(spec.storage, spec.name).claim_identity(spec.identity())
     record = train(spec)
-    weights = checkpoint_path(record.checkpoints_dir, 20) / checkpoints.MODEL_FILE
+    weights = folder_of(record, 20) / checkpoints.MODEL_FILE
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
     record = train(spec_of(tmp_path, Declining()))
-    assert [event["path"] for event in record.events(("rejected",))] == ["checkpoints/step-0000000020"]
+    assert [event["path"] for event in record.events(("rejected",))] == [
+        "checkpoints/step-0000000020-t000001"
+    ]
     verify(Run(record).best_checkpoint())
 
 
 def test_a_copy_that_somebody_made_of_a_checkpoint_is_left_alone(tmp_path: Path) -> None:
     record = train(spec_of(tmp_path, target_steps=20))
-    copy = record.checkpoints_dir / "step-0000000020.bak"
-    shutil.copytree(record.checkpoints_dir / "step-0000000020", copy)
+    copy = record.checkpoints_dir / "step-0000000020-t000001.bak"
+    shutil.copytree(folder_of(record, 20), copy)
     record = train(spec_of(tmp_path))
     assert record.state() == RunState.FINISHED
     assert record.events(("start",))[-1]["step"] == 20
@@ -467,13 +518,12 @@ def test_a_copy_that_somebody_made_of_a_checkpoint_is_left_alone(tmp_path: Path)
 
 def test_a_checkpoint_under_another_steps_name_is_not_used(tmp_path: Path) -> None:
     record = train(spec_of(tmp_path, target_steps=20))
-    shutil.copytree(
-        record.checkpoints_dir / "step-0000000020", other := record.checkpoints_dir / "step-0000000099"
-    )
+    other = checkpoint_path(record.checkpoints_dir, 99, 1)
+    shutil.copytree(folder_of(record, 20), other)
     record = train(spec_of(tmp_path))
     assert record.events(("start",))[-1]["step"] == 20
     (rejected,) = record.events(("rejected",))
-    assert rejected["path"] == "checkpoints/step-0000000099"
+    assert rejected["path"] == f"checkpoints/{other.name}"
     assert "step 20" in rejected["reason"]
     assert other.is_dir()
 
@@ -486,7 +536,7 @@ def prepared(spec: RunSpec) -> RunRecord:
 def test_another_runs_checkpoint_is_not_used(tmp_path: Path) -> None:
     record = prepared(spec_of(tmp_path, target_steps=20))
     other = prepared(spec_of(tmp_path, Toy(lr=0.1), name="other", target_steps=40))
-    name = "step-0000000040"
+    name = folder_of(other, 40).name
     shutil.copytree(other.checkpoints_dir / name, record.checkpoints_dir / name)
     record = prepared(spec_of(tmp_path))
     assert record.events(("start",))[-1]["step"] == 20
@@ -503,9 +553,7 @@ def test_another_runs_checkpoint_does_not_become_this_runs_model(tmp_path: Path)
     other = prepared(spec_of(tmp_path, Toy(lr=0.1), name="other"))
     best = Run(record).best_checkpoint()
     shutil.rmtree(best)
-    shutil.copytree(other.checkpoints_dir / "step-0000000060", best.with_name("step-0000000060"))
-    if best.name != "step-0000000060":
-        shutil.copytree(other.checkpoints_dir / best.name, best)
+    shutil.copytree(folder_of(other, step_of(best)), best)
     with pytest.raises(CorruptError, match="of another run"):
         write_run_package(Run(record), tmp_path / "models" / "toy" / "1", model="toy", version=1)
 
@@ -520,7 +568,7 @@ def test_a_run_whose_folder_was_copied_goes_on(tmp_path: Path) -> None:
 def test_a_state_of_another_step_is_not_used(tmp_path: Path) -> None:
     spec = spec_of(tmp_path, Toy(eval_every=10), target_steps=20)
     record = train(spec)
-    newest = checkpoint_path(record.checkpoints_dir, 20)
+    newest = folder_of(record, 20)
     meta, contents = verify(newest).meta, {file.name: file.read_bytes() for file in newest.iterdir()}
     state = json.loads(contents.pop("state.json"))
     shutil.rmtree(newest)
@@ -541,8 +589,8 @@ def test_a_state_of_another_step_is_not_used(tmp_path: Path) -> None:
 def test_a_checkpoint_says_of_which_run_it_is(tmp_path: Path) -> None:
     spec = spec_of(tmp_path)
     record = prepared(spec)
-    meta = verify(checkpoint_path(record.checkpoints_dir, 60)).meta
-    assert meta == {"kind": "checkpoint", "step": 60, "run": digest_of(spec.identity())}
+    meta = verify(folder_of(record, 60)).meta
+    assert meta == {"kind": "checkpoint", "step": 60, "run": digest_of(spec.identity()), "token": 1}
 
 
 def test_a_mask_of_minus_infinity_is_no_broken_weight(tmp_path: Path) -> None:
@@ -565,7 +613,7 @@ def test_a_checkpoint_whose_line_was_lost_with_its_process_is_found(tmp_path: Pa
     )
     record = train(spec_of(tmp_path))
     assert record.state() == RunState.FINISHED
-    assert Run(record).best_checkpoint().name == "step-0000000060"
+    assert Run(record).best_checkpoint() == checkpoint_path(record.checkpoints_dir, 60, 1)
     (line,) = record.events(("checkpoint",))
     assert line["values"] == record.last_eval("val")
 

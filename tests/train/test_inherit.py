@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import shoal
+from committed import folder_of
 from shoal.storage import Storage, verify
 from shoal.tracking import RunRecord, RunState
 from shoal.train.adopt import adopt_checkpoint
@@ -23,7 +24,6 @@ from shoal.train.group import Group
 from shoal.train.inherit import inherit
 from shoal.train.run import Run
 from shoal.train.spec import RunSpec
-from shoal.train.stamp import checkpoint_path
 from toy import Toy
 
 
@@ -69,7 +69,7 @@ def go_on(tmp_path: Path, recipe: shoal.Recipe, source: RunRecord, steps: int = 
 
 
 def loaded(record: RunRecord, step: int) -> Loaded:
-    return read_checkpoint(checkpoint_path(record.checkpoints_dir, step))
+    return read_checkpoint(folder_of(record, step))
 
 
 def test_a_copy_that_stands_beside_the_checkpoints_is_not_adopted(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_a_copy_that_stands_beside_the_checkpoints_is_not_adopted(tmp_path: Path
     shutil.copytree(newest, newest.with_name(f"{newest.name}.bak"))
     target = RunRecord(Storage(tmp_path), "next")
     adopt_checkpoint(source, target)
-    assert [path.name for path in target.checkpoints_dir.iterdir()] == [newest.name]
+    assert [path.name for path in target.checkpoints_dir.iterdir()] == ["step-0000000040"]
 
 
 def test_with_the_same_fields_it_is_the_run_it_came_from(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_copy_that_is_damaged_is_never_replaced_by_fresh_weights(tmp_path: Pat
     spec = spec_of(tmp_path, "next", Toy(lr=0.2), 60)
     target = RunRecord(spec.storage, "next")
     spec = replace(spec, source=adopt_checkpoint(source, target))
-    (checkpoint_path(target.checkpoints_dir, 40) / "model.safetensors").write_bytes(b"x")
+    (folder_of(target, 40) / "model.safetensors").write_bytes(b"x")
     record = train(spec)
     assert record.state() is RunState.FAILED
     assert "step 40 of run 'source'" in record.events(("end",))[-1]["error"]
@@ -167,20 +167,21 @@ def test_a_copy_that_is_damaged_is_never_replaced_by_fresh_weights(tmp_path: Pat
 
 def test_a_damaged_checkpoint_is_not_adopted(tmp_path: Path) -> None:
     source = train(spec_of(tmp_path, "source", Toy()))
-    (checkpoint_path(source.checkpoints_dir, 40) / "model.safetensors").write_bytes(b"x")
+    (folder_of(source, 40) / "model.safetensors").write_bytes(b"x")
     target = RunRecord(Storage(tmp_path), "next")
     found = adopt_checkpoint(source, target)
     assert (found.run, found.step) == ("source", 20)
-    assert found.digest == verify(checkpoint_path(target.checkpoints_dir, 20)).digest
+    assert found.digest == verify(folder_of(target, 20)).digest
 
 
 def test_another_runs_checkpoint_is_not_adopted(tmp_path: Path) -> None:
     source = train(spec_of(tmp_path, "source", Toy()))
     other = train(spec_of(tmp_path, "other", Toy(lr=0.1), steps=60))
     for step in (40, 60):
-        planted = checkpoint_path(source.checkpoints_dir, step)
+        theirs = folder_of(other, step)
+        planted = source.checkpoints_dir / theirs.name
         shutil.rmtree(planted, ignore_errors=True)
-        shutil.copytree(checkpoint_path(other.checkpoints_dir, step), planted)
+        shutil.copytree(theirs, planted)
     target = RunRecord(Storage(tmp_path), "next")
     assert adopt_checkpoint(source, target).step == 20
     assert [path.name for path in target.checkpoints_dir.iterdir()] == ["step-0000000020"]
@@ -201,10 +202,10 @@ def test_what_was_adopted_is_adopted_again_before_it_has_trained_on(tmp_path: Pa
 def test_lineage_names_the_source(tmp_path: Path) -> None:
     source = train(spec_of(tmp_path, "source", Toy()))
     record = go_on(tmp_path, Toy(lr=0.2), source)
-    lineage = lineage_of(Run(record), checkpoint_path(record.checkpoints_dir, 60))
+    lineage = lineage_of(Run(record), folder_of(record, 60))
     assert lineage.source is not None
     assert (lineage.source["run"], lineage.source["step"]) == ("source", 40)
-    assert "source" not in lineage_of(Run(source), checkpoint_path(source.checkpoints_dir, 40)).as_dict()
+    assert "source" not in lineage_of(Run(source), folder_of(source, 40)).as_dict()
 
 
 def test_every_evaluation_is_reported_with_its_checkpoint_committed(tmp_path: Path) -> None:
@@ -212,8 +213,7 @@ def test_every_evaluation_is_reported_with_its_checkpoint_committed(tmp_path: Pa
     seen = []
 
     def look(step: int, values: Any) -> None:
-        folder = RunRecord(spec.storage, "run").checkpoints_dir
-        seen.append((step, verify(checkpoint_path(folder, step)).meta["step"]))
+        seen.append((step, verify(folder_of(RunRecord(spec.storage, "run"), step)).meta["step"]))
 
     train(spec, on_eval=look)
     assert seen == [(step, step) for step in range(5, 41, 5)]

@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from shoal.config import Range
-from shoal.errors import DeadlineExceeded, PeerLost, RecipeError, RequestError, WorkerLost
+from shoal.errors import (
+    DeadlineExceeded,
+    PeerLost,
+    RecipeError,
+    RequestError,
+    StorageError,
+    SupersededError,
+    WorkerLost,
+)
 from waiting import DEADLINE_S, wait_until
 
 if TYPE_CHECKING:
@@ -178,6 +186,17 @@ def test_a_peer_that_hangs_is_worth_a_restart() -> None:
 
 def test_an_error_with_a_meaning_is_not_tried_again() -> None:
     assert decisions(5, on_workers(r0=RuntimeError("peer"), r1=RecipeError("NaN"))) == ["RAISE"]
+
+
+def test_one_that_was_superseded_is_the_verdict_and_not_the_peers_that_lost_it() -> None:
+    from shoal.train.workers import _verdict
+
+    lost, superseded = PeerLost("a worker stopped answering"), SupersededError("taken over")
+    failed = on_workers(r0=lost, r1=superseded)
+    assert decisions(5, failed) == ["RAISE"]
+    assert _verdict(failed) is superseded
+    assert _verdict(on_workers(r0=lost, r1=RuntimeError("x"), r2=(disk := StorageError("full")))) is disk
+    assert _verdict(on_workers(r0=lost)) is None, "another start may help"
 
 
 def test_an_error_that_a_death_brought_about_is_tried_again() -> None:

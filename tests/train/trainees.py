@@ -8,10 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from committed import folder_of
 from projects import ROOT
 from shoal.storage import Storage
 from shoal.tracking import RunRecord
-from shoal.train.stamp import checkpoint_path
 
 STEPS = 100
 TRAINEE = Path(__file__).with_name("trainee.py")
@@ -41,7 +41,7 @@ def train(
 
 def fingerprint_of(storage: Path, name: str, steps: int = STEPS) -> str:
     """SHA-256 over parameters, buffers, optimizer and scheduler after ``steps``."""
-    folder = checkpoint_path(RunRecord(Storage(storage), name).checkpoints_dir, steps)
+    folder = folder_of(RunRecord(Storage(storage), name), steps)
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         digest.update(file.read_bytes())

@@ -13,6 +13,7 @@ from searched import Line
 from torch import nn
 
 import shoal
+from committed import folder_of
 from shoal.errors import NotFoundError
 from shoal.storage import Storage, verify
 from shoal.tracking import RunRecord
@@ -205,7 +206,7 @@ def test_an_exploit_is_a_new_run_that_names_its_source(storage: Storage) -> None
     assert booked.source is not None
     assert (booked.number, booked.run, booked.state) == (3, "s-t003", TrialState.WAITING)
     assert (booked.source.run, booked.source.step) == (winner.run, 20)
-    checkpoint = storage.run_dir(winner.run) / "checkpoints" / "step-0000000020"
+    checkpoint = folder_of(RunRecord(storage, winner.run), 20)
     copied = storage.run_dir("s-t003") / "checkpoints" / "step-0000000020"
     assert verify(checkpoint).digest == verify(copied).digest == booked.source.digest
     assert booked.fields != winner.fields

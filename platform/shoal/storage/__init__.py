@@ -1,4 +1,4 @@
-"""What is on disk: committed directories, small JSON files, journals and locks.
+"""What is on disk: committed directories, small JSON files, journals, locks and fences.
 
 One implementation of the commit protocol serves checkpoints and models alike; `docs/storage.md` tells its
 failure paths. Nothing here loads torch or ray.
@@ -16,6 +16,7 @@ from shoal.storage.commit import (
     verify,
 )
 from shoal.storage.disk import Disk, make_directories, open_plain
+from shoal.storage.fence import NO_TOKEN, Fence, Succession, Token
 from shoal.storage.files import create_json, read_json, write_json
 from shoal.storage.identity import claim, differences
 from shoal.storage.journal import MAX_LINE_BYTES, append_line, read_lines
@@ -27,12 +28,16 @@ __all__ = [
     "MANIFEST",
     "MAX_LINE_BYTES",
     "MIN_FREE_BYTES",
+    "NO_TOKEN",
     "Disk",
+    "Fence",
     "FileEntry",
     "FileLock",
     "Manifest",
     "StopMark",
     "Storage",
+    "Succession",
+    "Token",
     "append_line",
     "check_name",
     "claim",

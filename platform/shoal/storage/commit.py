@@ -71,6 +71,7 @@ def commit(
     write: Callable[[Path], None],
     *,
     meta: Mapping[str, Any],
+    guard: Callable[[], None] = lambda: None,
     disk: Disk = LOCAL_DISK,
 ) -> Manifest:
     """Create ``directory`` with what ``write`` puts into the path that it is given; all of it or nothing.
@@ -81,7 +82,11 @@ def commit(
     it is an ``OSError``), nothing is left; after the death of the process a temporary directory may be left
     that no reader sees and `collect_orphans` removes.
 
+    ``guard`` raises when the caller has lost the right to write (`Token.check`). It is asked right before the rename,
+    and again when all is durable: what a rename in between has published is left there, for readers to judge.
+
     Raises:
+        SupersededError: ``guard`` raised it.
         StorageError: ``directory`` exists, whatever is in it; or the disk is full, read-only or gone.
     """
     if os.path.lexists(directory):
@@ -92,6 +97,7 @@ def commit(
         disk.make_directory(temporary)
         write(temporary)
         manifest = _seal(temporary, meta, disk)
+        guard()
         disk.publish_directory(temporary, directory)
     except BaseException as error:
         remove_quietly(temporary, disk)
@@ -104,6 +110,7 @@ def commit(
         disk.sync_directory(directory.parent)
     except OSError as error:
         raise storage_error("make sure that a power cut would not lose", directory, error) from error
+    guard()
     return manifest
 
 

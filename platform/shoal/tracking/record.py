@@ -22,6 +22,7 @@ from shoal.errors import (
 from shoal.recipe import Objective
 from shoal.storage import (
     MAX_LINE_BYTES,
+    Fence,
     FileLock,
     StopMark,
     Storage,
@@ -65,10 +66,17 @@ class RunRecord:
         RequestError: a name that is not 1 to 80 of ``a-z 0-9 . _ -``, beginning with a letter or digit.
     """
 
-    def __init__(self, storage: Storage, name: str, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        name: str,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self.name = check_name("run", name)
         self._storage = storage
         self._clock = clock
+        self._guard: Callable[[], None] | None = None
         self.dir: Path = storage.run_dir(name)
         self.journal_path = self.dir / "journal.jsonl"
         self.checkpoints_dir = self.dir / "checkpoints"
@@ -78,6 +86,8 @@ class RunRecord:
         self.driver_lock_path = self.dir / "driver.lock"
         """Held by the process that keeps the workers alive: also while they start, or start again."""
         self.identity_path = self.dir / _IDENTITY
+        self.fence = Fence(self.dir / "fence")
+        """Whoever trains the run takes a token of it first."""
         self._trial_path = self.dir / "trial.json"
         self._stop = StopMark(self.dir)
         self.resizing = Resizing(self.dir)
@@ -90,7 +100,11 @@ class RunRecord:
         return f"RunRecord({self.name!r})"
 
     def __reduce__(self) -> Any:
-        return RunRecord, (self._storage, self.name)
+        return _guarded, (self._storage, self.name, self._guard)
+
+    def guard_with(self, guard: Callable[[], None]) -> None:
+        """Ask ``guard`` before every line: it raises when the right to write was lost. Pickled with the record."""
+        self._guard = guard
 
     @staticmethod
     def exists(storage: Storage, name: str) -> bool:
@@ -151,9 +165,12 @@ class RunRecord:
         """Write one line to the journal; ``t`` and ``attempt`` are added, and ``start`` begins a new attempt.
 
         Raises:
+            SupersededError: from the guard, if there is one.
             StorageError: it cannot be written.
             InternalError: not a line that the journal knows.
         """
+        if self._guard is not None:
+            self._guard()
         attempt = max(1, self._catch_up().attempt + (kind == "start"))
         line = encode(kind, t=self._clock(), attempt=attempt, fields=fields)
         append_line(self.journal_path, line)
@@ -327,6 +344,12 @@ class RunRecord:
                 if end == self._offset:
                     return self._folded
                 self._offset = end
+
+
+def _guarded(storage: Storage, name: str, guard: Callable[[], None] | None) -> RunRecord:
+    record = RunRecord(storage, name)
+    record._guard = guard
+    return record
 
 
 def read_identity(path: Path) -> dict[str, Any]:

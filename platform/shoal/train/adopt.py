@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import CorruptError, NotFoundError
-from shoal.storage import Manifest, copy_committed, discard
+from shoal.storage import NO_TOKEN, Manifest, copy_committed, discard
 from shoal.tracking import RunRecord
 from shoal.train.spec import Source
-from shoal.train.stamp import check_stamp, names_checkpoint
+from shoal.train.stamp import check_stamp, checkpoint_folders, checkpoint_path, counting, step_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +32,10 @@ def adopt_checkpoint(source: RunRecord, target: RunRecord) -> Source:
     discard_leftovers(target)
     identity = source.identity()
     for _ in range(_ATTEMPTS):
-        for path in sorted(_checkpoints(source), reverse=True):
+        for path in reversed(counting(source.checkpoints_dir, source.fence.succession())):
+            copy = checkpoint_path(target.checkpoints_dir, step_of(path), NO_TOKEN)
             try:
-                manifest = _copy(path, target.checkpoints_dir / path.name, identity)
+                manifest = _copy(path, copy, identity)
             except CorruptError as err:
                 logger.info("not adopted: %s", err)
                 continue
@@ -61,9 +62,5 @@ def discard_leftovers(run: RunRecord) -> None:
         StorageError: it cannot be deleted.
     """
     if run.identity() is None:
-        for leftover in _checkpoints(run):
+        for leftover in checkpoint_folders(run.checkpoints_dir):
             discard(leftover)
-
-
-def _checkpoints(run: RunRecord) -> list[Path]:
-    return [path for path in run.checkpoints_dir.glob("*") if names_checkpoint(path.name)]

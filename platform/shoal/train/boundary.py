@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from shoal.errors import RecipeError, ShoalError, StorageError
-from shoal.storage import collect_orphans
+from shoal.errors import RecipeError, ShoalError, StorageError, SupersededError
+from shoal.storage import Token, collect_orphans
 from shoal.tracking import RunRecord, RunState
 from shoal.train.bad_steps import BadSteps, BeginAgain
 from shoal.train.cadence import Cadence
@@ -18,7 +18,7 @@ from shoal.train.reduce import Wishes
 from shoal.train.resume import Beginning, facts, record_checkpoint
 from shoal.train.session import Session
 from shoal.train.spec import EvalListener, RunSpec, digest_of
-from shoal.train.stamp import checkpoint_path
+from shoal.train.stamp import checkpoint_at
 
 WRITE_SLICE_S = 5.0
 """How long rank 0 waits for a checkpoint to be written before it tells its peers that it still does."""
@@ -29,8 +29,11 @@ logger = logging.getLogger(__name__)
 class RunBoundary:
     """The `session.Boundary` of a run that keeps a record; rank 0 writes it. `begin` before the first step."""
 
-    def __init__(self, spec: RunSpec, group: Group, record: RunRecord, on_eval: EvalListener | None) -> None:
+    def __init__(
+        self, spec: RunSpec, group: Group, record: RunRecord, token: Token, on_eval: EvalListener | None
+    ) -> None:
         self._spec, self._group, self._record, self._on_eval = spec, group, record, on_eval
+        self._token = token
         self._objective = spec.recipe.objective
         self._cadence = Cadence(target_steps=spec.target_steps, checkpoint_every_s=spec.checkpoint_every_s)
         self._best: float | None = None
@@ -49,6 +52,7 @@ class RunBoundary:
                 record.checkpoints_dir,
                 keep=spec.keep,
                 objective=self._objective,
+                token=token,
                 on_commit=self._committed,
                 on_failure=self._not_committed,
             )
@@ -72,10 +76,11 @@ class RunBoundary:
 
     def _delete_leftovers(self, writer: CheckpointWriter) -> None:
         try:
-            collect_orphans(self._record.dir)
+            for folder in (self._record.dir, self._record.fence.folder):
+                collect_orphans(folder)
             if self._saved_step is not None:
                 writer.discard_old(self._saved_step)
-        except (StorageError, OSError):
+        except StorageError:
             logger.warning("leftovers in %s stay until the next commit", self._record.dir, exc_info=True)
 
     def catch_up(self, session: Session, beginning: Beginning) -> None:
@@ -95,6 +100,7 @@ class RunBoundary:
     def wishes(self) -> Wishes:
         if self._group.is_first and not self._stop and self._cadence.is_look_due():
             self._cadence.looked()
+            self._token.check()
             self._stop = self._record.stop_requested()
             self._resize_to = self._record.resizing.ordered(self._record.attempt)
         is_free = self._writer is not None and not self._writer.is_writing
@@ -126,6 +132,7 @@ class RunBoundary:
         self._bad_steps.add(step, samples=samples, reason=reason)
         is_rollback = self._spec.on_nan == "rollback"
         if self._group.is_first:
+            self._token.check()
             self._bad_steps.write()  # before anything is saved without it
             then = "the run goes back to its last checkpoint, and " if is_rollback else ""
             self._record.append(
@@ -172,14 +179,14 @@ class RunBoundary:
         session.rewind()
         self.close()
         step, values = self._evaluated
-        path = checkpoint_path(self._record.checkpoints_dir, session.steps_done)
-        if session.steps_done == 0 or path.exists() or self._record.state() == RunState.FINISHED:
+        if session.steps_done == 0 or self._is_there(session) or self._record.state() == RunState.FINISHED:
             return
         try:
             self._bad_steps.write()  # rank 0 may have died before it did
-            write_snapshot(path, self._snapshot(session, values if step == session.steps_done else {}))
+            snap = self._snapshot(session, values if step == session.steps_done else {})
+            write_snapshot(self._record.checkpoints_dir, snap)
         except (StorageError, RecipeError) as err:
-            if not path.exists():  # else another survivor was faster
+            if not self._is_there(session):  # else another survivor was faster
                 message = f"the step that a lost worker interrupted will be repeated: {err}"
                 self._record.append("warning", message=message)
 
@@ -228,7 +235,12 @@ class RunBoundary:
             facts=facts(self._spec, self._group),
             run=self._run,
             values=values,
+            token=self._token,
         )
+
+    def _is_there(self, session: Session) -> bool:
+        """Whether this very boundary is committed already."""
+        return checkpoint_at(self._record, session.steps_done) is not None
 
     @heart.during("save")
     def _wait_written(self) -> None:
@@ -245,8 +257,7 @@ class RunBoundary:
         If it is not (the disk is full, say), these go on, and try again when the next checkpoint is due.
         """
         self._wait_written()
-        is_there = checkpoint_path(self._record.checkpoints_dir, session.steps_done).exists()
-        self._cannot_leave = not self._group.share(is_there)
+        self._cannot_leave = not self._group.share(self._is_there(session))
         if not self._cannot_leave:
             self._leaves_for = self._resize_to
         return not self._cannot_leave
@@ -270,5 +281,7 @@ class RunBoundary:
         )
 
     def _not_committed(self, snap: Snapshot, err: ShoalError) -> None:
+        if isinstance(err, SupersededError):
+            return  # the record is somebody else's; `wishes` and `finish` raise it
         message = f"no checkpoint at step {snap.step}: {err}. Training goes on; earlier checkpoints are kept"
         self._record.append("warning", message=message)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from shoal.errors import ShoalError, StorageError
 from shoal.recipe import Objective
-from shoal.storage import collect_orphans, discard, make_directories
+from shoal.storage import Fence, Token, collect_orphans, discard, make_directories
 from shoal.train.checkpoints import Snapshot, write_snapshot
-from shoal.train.stamp import checkpoint_path, names_checkpoint, step_of
+from shoal.train.stamp import checkpoint_folders, position_of, step_of
 
 
 def plan_discard(steps: Iterable[int], *, keep: int, best: int | None) -> list[int]:
@@ -32,12 +32,14 @@ class CheckpointWriter:
         *,
         keep: int,
         objective: Objective,
+        token: Token,
         on_commit: Callable[[Snapshot, Path, int, float], None],
         on_failure: Callable[[Snapshot, ShoalError], None],
     ) -> None:
         self._parent = parent
         self._keep = keep
         self._objective = objective
+        self._token = token
         self._on_commit = on_commit
         self._on_failure = on_failure
         self._thread: threading.Thread | None = None
@@ -86,11 +88,8 @@ class CheckpointWriter:
 
     def _write(self, snap: Snapshot) -> None:
         started = time.monotonic()
-        path = checkpoint_path(self._parent, snap.step)
         try:
-            if path.exists():  # one that did not verify, or the same step written by an attempt that died
-                discard(path)
-            size_bytes = write_snapshot(path, snap)
+            path, size_bytes = write_snapshot(self._parent, snap)
             value = snap.values.get(self._objective.metric)
             if value is not None and self._objective.is_better(value, self.best_value):
                 self._best = (snap.step, value)
@@ -101,20 +100,26 @@ class CheckpointWriter:
             self._failure = err
             self._on_failure(snap, err)
         except Exception as err:  # a thread's exception would vanish: keep it for `close`
-            self._failure = StorageError(f"writing {path} failed: {type(err).__name__}: {err}")
+            self._failure = StorageError(
+                f"writing the checkpoint of step {snap.step} failed: {type(err).__name__}: {err}"
+            )
             self._on_failure(snap, self._failure)
 
     def discard_old(self, newest: int) -> None:
         """Delete what is not kept beside the checkpoint at step ``newest``.
 
         Steps beyond that one did not verify, or the run would have gone on from them: they must not push out what
-        does verify.
+        does verify. Nor must those that do not count, which somebody wrote who did not know of this attempt.
 
         Raises:
+            SupersededError: somebody else has taken over the run, and decides.
             StorageError: one cannot be deleted.
-            OSError: the folder cannot be listed.
         """
-        there = [path for path in self._parent.iterdir() if path.is_dir() and names_checkpoint(path.name)]
-        steps = [step for path in there if (step := step_of(path)) <= newest]
-        for step in plan_discard(steps, keep=self._keep, best=self._best[0] if self._best else None):
-            discard(checkpoint_path(self._parent, step))
+        self._token.check()
+        succession = Fence(self._token.fence).succession()
+        reached = [path for path in checkpoint_folders(self._parent) if step_of(path) <= newest]
+        counting = {step_of(path) for path in reached if succession.counts(*position_of(path))}
+        dropped = plan_discard(counting, keep=self._keep, best=self._best[0] if self._best else None)
+        for path in reached:
+            if step_of(path) in dropped or not succession.counts(*position_of(path)):
+                discard(path)

@@ -12,15 +12,13 @@ import torch
 
 from shoal.errors import CorruptError, RecipeError
 from shoal.models import load_tensors, save_tensors
-from shoal.storage import (
-    commit,
-    newest_verified,
-    read_json,
-)
+from shoal.storage import Succession, Token, commit, newest_verified, read_json
 from shoal.train.stamp import (
     STATE_FILE,
     check_stamp,
+    checkpoint_path,
     names_checkpoint,
+    position_of,
     stamp,
 )
 from shoal.train.state import Flat, flatten, snapshot, unflatten
@@ -41,6 +39,8 @@ class Snapshot:
     """What the checkpoint was made with: workers, device, threads, precision, versions."""
     run: str
     """Digest of the run's identity, see `spec.digest_of`."""
+    token: Token | None = None
+    """Under which it is written; None for one that never is."""
     values: dict[str, float] = field(default_factory=dict)
     """The validation metrics measured at this very step, if any were."""
 
@@ -54,6 +54,7 @@ def take_snapshot(
     facts: dict[str, Any],
     run: str,
     values: dict[str, float],
+    token: Token | None = None,
 ) -> Snapshot:
     """Copy the state to the CPU.
 
@@ -75,15 +76,18 @@ def take_snapshot(
         },
         what="the optimizer or scheduler",
     )
-    return Snapshot(step, tensors, rest, facts, run, values)
+    return Snapshot(step, tensors, rest, facts, run, token, values)
 
 
-def write_snapshot(directory: Path, snap: Snapshot) -> int:
-    """Commit the snapshot as ``directory``; returns its size in bytes. Blocks until it is on the disk.
+def write_snapshot(parent: Path, snap: Snapshot) -> tuple[Path, int]:
+    """Commit the snapshot in ``parent``; returns its folder and its size in bytes. Blocks until it is on the disk.
 
     Raises:
-        StorageError: the disk is full or not writable; nothing is left at ``directory``.
+        SupersededError: somebody else has taken over the run; no reader will use what was written, if anything was.
+        StorageError: the disk is full or not writable; nothing is left.
     """
+    assert snap.token is not None
+    directory = checkpoint_path(parent, snap.step, snap.token.number)
 
     def write(folder: Path) -> None:
         save_tensors(folder / MODEL_FILE, snap.model)
@@ -91,8 +95,9 @@ def write_snapshot(directory: Path, snap: Snapshot) -> int:
         state = {"step": snap.step, "facts": snap.facts, "values": snap.values, "rest": snap.rest.skeleton}
         (folder / STATE_FILE).write_text(json.dumps(state))
 
-    manifest = commit(directory, write, meta=stamp(step=snap.step, run=snap.run))
-    return manifest.size_bytes
+    meta = stamp(step=snap.step, run=snap.run, token=snap.token.number)
+    manifest = commit(directory, write, meta=meta, guard=snap.token.check)
+    return directory, manifest.size_bytes
 
 
 @dataclass(frozen=True)
@@ -140,17 +145,20 @@ def measured_at(directory: Path) -> dict[str, float]:
 
 
 def find_checkpoint(
-    parent: Path, identity: Mapping[str, Any] | None, on_rejected: Callable[[Path, str], None]
+    parent: Path,
+    identity: Mapping[str, Any] | None,
+    succession: Succession,
+    on_rejected: Callable[[Path, str], None],
 ) -> Path | None:
-    """The newest checkpoint of the run ``identity`` that verifies, or None.
+    """The newest checkpoint of the run ``identity`` that counts and verifies, or None.
 
-    Each newer one that does not, or is not this run's, is reported and left alone.
+    Each newer one that does not verify, or is not this run's, is reported and left alone.
     """
     if not parent.is_dir():
         return None
     found = newest_verified(
         parent,
-        named=names_checkpoint,
+        named=lambda name: names_checkpoint(name) and succession.counts(*position_of(Path(name))),
         check=lambda directory, manifest: check_stamp(directory, manifest, identity),
         on_rejected=on_rejected,
     )

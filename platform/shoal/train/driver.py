@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from shoal.capacity import Resources, grant, room, snapshot
 from shoal.cluster.imports import remember_imports
 from shoal.config.values import Range
-from shoal.errors import DeadlineExceeded
+from shoal.errors import DeadlineExceeded, SupersededError
 from shoal.storage import FileLock, make_directories
 from shoal.tracking import RunRecord, RunState, Wish, being_trained
 from shoal.train.elastic import Elastic, looking
@@ -129,9 +130,10 @@ class WorkersDriver:
             self._driving.acquire()
         except DeadlineExceeded as err:
             raise being_trained(self._spec.name, by=str(err)) from None
-        if not heed_stop:
-            self._record.clear_stop()
         try:
+            self._take_token()
+            if not heed_stop:
+                self._record.clear_stop()
             if self._elastic is not None:
                 self._elastic.begin()
             else:
@@ -140,6 +142,12 @@ class WorkersDriver:
             self._driving.release()
             raise
         self._thread.start()
+
+    def _take_token(self) -> None:
+        """From now on nothing that another driver commits counts; nor does ours when yet another one begins."""
+        token = self._record.fence.take()
+        self._spec = replace(self._spec, driver=token.number)
+        self._record.guard_with(token.check_driver)
 
     def is_alive(self) -> bool:
         """True until the run ended, whichever way."""
@@ -180,7 +188,10 @@ class WorkersDriver:
             self._run_workers()
         except BaseException as err:  # the thread's own boundary: `Run.wait` raises it in the caller
             self._failure = err
-            self._record_failure(err)
+            try:
+                self._record_failure(err)
+            except SupersededError as superseded:
+                self._failure = superseded
         finally:
             self._driving.release()
 
@@ -231,6 +242,8 @@ class WorkersDriver:
         return self._workers if self._elastic is None else self._elastic.wanted()
 
     def _record_failure(self, err: BaseException) -> None:
+        if isinstance(err, SupersededError):
+            return  # the record is another driver's
         last = self._record.events(("start", "end"), since=self._begin)[-1:]
         if last and last[0]["kind"] == "end":
             return  # the workers have said how it ended

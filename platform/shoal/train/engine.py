@@ -9,7 +9,7 @@ import time
 import torch
 
 from shoal.errors import DeadlineExceeded, EnvironmentFailure, PeerLost, RecipeError
-from shoal.storage import FileLock
+from shoal.storage import FileLock, Token
 from shoal.tracking import RunRecord, RunState, being_trained
 from shoal.train.bad_steps import BeginAgain
 from shoal.train.boundary import RunBoundary
@@ -19,6 +19,7 @@ from shoal.train.pulse import heart
 from shoal.train.resume import check_data, restore, warn_of_changed_code
 from shoal.train.session import Session
 from shoal.train.spec import EvalListener, RunSpec
+from shoal.train.stamp import newest_token
 
 LOCK_TIMEOUT_S = 20.0
 """How long a new rank 0 waits for the one before it to be gone for certain."""
@@ -32,6 +33,7 @@ def train_worker(spec: RunSpec, group: Group, *, on_eval: EvalListener | None = 
 
     Raises:
         RequestError: the run is being trained already.
+        SupersededError: somebody else has taken over the run; nothing more is written to its record.
         EnvironmentFailure: the machines failed (a lost peer, full storage); starting again may help.
     """
     record = RunRecord(spec.storage, spec.name)
@@ -49,8 +51,10 @@ def train_worker(spec: RunSpec, group: Group, *, on_eval: EvalListener | None = 
             raise
         except Exception as err:
             # BaseExceptions (Ray's SystemExit on kill) pass: they are not the recipe's.
-            record.append_end(RunState.FAILED, step=record.step, failure=err, unknown=RecipeError)
-            group.leave()
+            try:
+                record.append_end(RunState.FAILED, step=record.step, failure=err, unknown=RecipeError)
+            finally:
+                group.leave()
 
 
 def _train(spec: RunSpec, group: Group, record: RunRecord, on_eval: EvalListener | None) -> bool:
@@ -58,7 +62,9 @@ def _train(spec: RunSpec, group: Group, record: RunRecord, on_eval: EvalListener
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     data = build_data(spec.recipe, spec.seed)
-    boundary = RunBoundary(spec, group, record, on_eval)
+    token = _take_token(spec, group, record)
+    record.guard_with(token.check)
+    boundary = RunBoundary(spec, group, record, token, on_eval)
     session = Session(
         spec.recipe,
         data,
@@ -71,7 +77,7 @@ def _train(spec: RunSpec, group: Group, record: RunRecord, on_eval: EvalListener
         on_nan=spec.on_nan,
     )
     check_data(record, data, group)
-    beginning = restore(session, spec, record)
+    beginning = restore(session, spec, record, token)
     boundary.begin(beginning)
     pids = group.gather(os.getpid())
     if group.is_first:
@@ -92,6 +98,7 @@ def _train(spec: RunSpec, group: Group, record: RunRecord, on_eval: EvalListener
         boundary.finish(session)
         return False
     except BeginAgain:
+        token.check()  # the next token must not supersede somebody who has taken over
         return True
     except PeerLost:
         boundary.rescue(session)
@@ -99,6 +106,16 @@ def _train(spec: RunSpec, group: Group, record: RunRecord, on_eval: EvalListener
     finally:
         session.close()
         boundary.close()
+
+
+def _take_token(spec: RunSpec, group: Group, record: RunRecord) -> Token:
+    """The attempt's right to write, which rank 0 takes for all: a survivor commits under it, too."""
+    token: Token | None = None
+    if group.is_first:
+        token = record.fence.take(driver=spec.driver, above=newest_token(record.checkpoints_dir))
+    token = group.share(token)
+    assert token is not None
+    return token
 
 
 class _HeldRun:

@@ -14,7 +14,7 @@ from shoal.errors import IdentityError, RecipeError
 from shoal.models import ModelPackage, load_tensors
 from shoal.models.package import WEIGHTS
 from shoal.recipe import Datasets, recipe_ref
-from shoal.storage import create_json, read_json
+from shoal.storage import Token, create_json, read_json
 from shoal.tracking import RunRecord
 from shoal.train.bad_steps import BadStep, read_bad_steps
 from shoal.train.checkpoints import Loaded, find_checkpoint, measured_at, read_checkpoint
@@ -23,7 +23,7 @@ from shoal.train.group import Group
 from shoal.train.inherit import under_new_fields
 from shoal.train.session import Session
 from shoal.train.spec import RunSpec
-from shoal.train.stamp import step_of
+from shoal.train.stamp import checkpoint_folders, position_of, step_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +42,13 @@ class Beginning:
     """Steps that are left out."""
 
 
-def restore(session: Session, spec: RunSpec, record: RunRecord) -> Beginning:
+def restore(session: Session, spec: RunSpec, record: RunRecord, token: Token) -> Beginning:
     """Go on from the run's newest checkpoint that verifies, on every rank; without one, from what ``spec`` names.
 
+    Rank 0 writes it down with the ``token``: whatever somebody else commits beyond that does not count.
+
     Raises:
+        SupersededError: somebody else has taken over the run.
         RecipeError: what is there does not fit the recipe, or the checkpoint it was to adopt is gone.
         CorruptError: the weights to start from do not verify.
     """
@@ -59,7 +62,10 @@ def restore(session: Session, spec: RunSpec, record: RunRecord) -> Beginning:
         def rejected(path: Path, reason: str) -> None:
             record.append("rejected", path=str(path.relative_to(record.dir)), reason=reason)
 
-        path = find_checkpoint(record.checkpoints_dir, record.identity(), rejected)
+        succession = record.fence.succession()
+        path = find_checkpoint(record.checkpoints_dir, record.identity(), succession, rejected)
+        there = map(position_of, checkpoint_folders(record.checkpoints_dir))
+        token.begin(succession.up_to(position_of(path) if path is not None else None, there))
         if path is not None and not (spec.source is not None and spec.source.step == step_of(path)):
             _record_if_missing(record, path)
             is_measured = _is_measured(record, path)

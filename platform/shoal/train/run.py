@@ -12,6 +12,7 @@ from shoal.errors import (
     EnvironmentFailure,
     NotFoundError,
     ShoalError,
+    SupersededError,
     did_you_mean,
     from_name,
 )
@@ -209,6 +210,8 @@ class Run:
     def _raise_failure(self) -> None:
         begin = self._driver.begin() if self._driver is not None else 0
         failure = self._driver.failure() if self._driver is not None else None
+        if isinstance(failure, SupersededError):
+            raise failure  # what the record says is of the driver that took over
         end = self._record.events(("end",), since=begin)[-1:]
         if end and end[0]["state"] == "failed":
             raise self._recorded_failure(end[0])

@@ -60,6 +60,8 @@ class RunSpec:
     """The project's code revision; recorded, and a change of it is warned of. Empty where it is not known."""
     threads: int | None = None
     """torch's threads per worker; None leaves them as they are."""
+    driver: int | None = None
+    """The token with which the driver of these workers began (`shoal.storage.fence`); None where there is none."""
 
     def identity(self) -> dict[str, Any]:
         """What must not change when the run is resumed. The data's fingerprint is checked by the workers."""

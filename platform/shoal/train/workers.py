@@ -28,7 +28,14 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 
 from shoal.capacity import Resources, wait_for_grant
 from shoal.config import Range
-from shoal.errors import ClusterError, DeadlineExceeded, ShoalError, WorkerLost
+from shoal.errors import (
+    ClusterError,
+    DeadlineExceeded,
+    PeerLost,
+    ShoalError,
+    SupersededError,
+    WorkerLost,
+)
 from shoal.train.ray_edge import Trainer, found_no_room, is_worth_a_restart, keep_raylet_quiet
 from shoal.train.retries import Retries
 from shoal.train.stall import OnStall
@@ -51,6 +58,21 @@ class _End(enum.Enum):
     NO_ROOM = enum.auto()
     """Somebody else took what was granted."""
     CONTROLLER_LOST = enum.auto()
+
+
+def _verdict(error: WorkerGroupError) -> ShoalError | None:
+    """What ended a group for good, of all that its workers raised; None where another start might help.
+
+    One that was superseded tells its peers nothing: what they see is a peer that they lost.
+    """
+    if is_worth_a_restart(error):
+        return None
+    failures = [failure for failure in error.worker_failures.values() if isinstance(failure, ShoalError)]
+    return min(failures, key=_weight, default=None)
+
+
+def _weight(failure: ShoalError) -> int:
+    return 0 if isinstance(failure, SupersededError) else 2 if isinstance(failure, PeerLost) else 1
 
 
 class Workers:
@@ -192,9 +214,9 @@ class Workers:
         if isinstance(error, ControllerError) and not is_worth_a_restart(error):
             raise ClusterError(f"run {self._name}: Ray Train failed: {error.controller_failure}") from error
         if isinstance(error, WorkerGroupError):
-            for failure in error.worker_failures.values():
-                if isinstance(failure, ShoalError) and not is_worth_a_restart(error):
-                    raise failure
+            verdict = _verdict(error)
+            if verdict is not None:
+                raise verdict
         raise WorkerLost(self._lost_message(error)) from error
 
     def _fit(self, num_workers: int) -> Exception | None:
