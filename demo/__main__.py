@@ -32,7 +32,7 @@ STEPS = 3000
 GOAL = 0.97
 """What the served model must score on test images that neither training nor the sweep saw."""
 RECOVERY_LIMIT_S = 30.0
-"""From the kill to the next recorded step; 2 to 4 s on two quiet cores, and a busy machine has room."""
+"""From the kill to the next recorded step: below 1 s on two quiet cores (2026-11-25), and a busy machine has room."""
 DEADLINE_S = 120.0
 
 

@@ -65,7 +65,11 @@ class Model:
 
 
 class Models:
-    """The cluster's model registry. Its methods raise TrackingError when tracking does not answer."""
+    """The cluster's model registry.
+
+    Its methods raise TrackingError when tracking does not answer, and NotFoundError, which lists what exists, for a
+    model, version or alias that does not.
+    """
 
     def __init__(self, info: ClusterInfo) -> None:
         self._storage = Storage(info.storage)
