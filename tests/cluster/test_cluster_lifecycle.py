@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -73,6 +74,19 @@ def test_storage_that_is_no_folder_is_refused(project: Path) -> None:
     (project / "file").write_text("")
     with pytest.raises(StorageError, match="file"):
         bring_up(project, "storage=file")
+
+
+def test_a_full_disk_and_a_file_in_the_way_are_said(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(plan: Any, say: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/tmp/token")
+
+    monkeypatch.setattr(starting, "start", full)
+    with pytest.raises(ClusterError, match=r"cannot be started in .*No space left on device"):
+        bring_up(project)
+    shutil.rmtree(project / ".shoal")
+    (project / ".shoal").write_text("")
+    with pytest.raises(StorageError, match=r"cannot make the folder .*\.shoal"):
+        bring_up(project)
 
 
 def test_another_target_is_refused(project: Path) -> None:

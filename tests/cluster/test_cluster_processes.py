@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 
 from shoal.cluster import haproxy_launch, processes, start
@@ -70,6 +72,24 @@ def test_stop_kills_what_does_not_listen(spawn: Spawn) -> None:
 def test_stop_says_what_is_left_when_time_is_up(spawn: Spawn) -> None:
     ours = spawn(STUBBORN, SHOAL_CLUSTER_ID="a" * 16)
     assert [process.pid for process in processes.stop("a" * 16, grace_s=9, deadline_s=0.3)] == [ours.pid]
+
+
+def test_a_process_that_we_may_not_end_keeps_nobody_else_alive(
+    spawn: Spawn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs, ours = (spawn(SLEEP, SHOAL_CLUSTER_ID="a" * 16) for _ in range(2))
+    signals = psutil.Process.send_signal
+
+    def refuse(process: psutil.Process, sig: int) -> None:
+        if process.pid == theirs.pid:
+            raise psutil.AccessDenied(process.pid)
+        signals(process, sig)
+
+    monkeypatch.setattr(psutil.Process, "terminate", lambda process: refuse(process, signal.SIGTERM))
+    monkeypatch.setattr(psutil.Process, "kill", lambda process: refuse(process, signal.SIGKILL))
+    left = processes.stop("a" * 16, grace_s=0.2, deadline_s=1)
+    assert [process.pid for process in left] == [theirs.pid]
+    assert ours.wait(60) is not None
 
 
 def test_the_process_that_looks_is_never_ended(monkeypatch: pytest.MonkeyPatch) -> None:

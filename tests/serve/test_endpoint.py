@@ -295,6 +295,20 @@ def test_a_bad_package_leaves_the_version_before(endpoint: Digits, tmp_path: Pat
     assert get(app, "/model").json["rejected"] is False
 
 
+def test_a_load_that_fails_in_a_recipes_code_is_a_rejection_too(
+    endpoint: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Any, state: Any, strict: bool) -> None:
+        raise KeyError("weight")
+
+    second = write_version(tmp_path, 2)
+    monkeypatch.setattr("torch.nn.Sequential.load_state_dict", fail)
+    with pytest.raises(KeyError):
+        endpoint.load(second)
+    assert endpoint.describe()["rejected"] is True
+    assert endpoint.describe()["version"] == 1
+
+
 def test_a_load_that_takes_long_does_not_undo_a_later_one(
     endpoint: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ from shoal.errors import (
     StorageError,
 )
 from shoal.storage import FileLock, Storage, read_json, write_json
+from shoal.storage.disk import storage_error
 
 if TYPE_CHECKING:
     from shoal.config import ClusterConfig
@@ -79,10 +80,16 @@ def up_plan(
         _check_serve_port(plan)
         marker = state_dir(plan.project) / STARTING_NAME
         write_json(marker, {"cluster_id": plan.cluster_id, "project": str(plan.project)})
-        starting.private_dir(cluster_info.runtime_root())
-        # One start at a time per user: the ports of one are written down before the next chooses.
-        with FileLock(cluster_info.runtime_root() / "lock", timeout_s=_LOCK_TIMEOUT_S):
-            info = starting.start(plan, say)
+        root = cluster_info.runtime_root()
+        try:
+            starting.private_dir(root)
+            # One start at a time per user: the ports of one are written down before the next chooses.
+            with FileLock(root / "lock", timeout_s=_LOCK_TIMEOUT_S):
+                info = starting.start(plan, say)
+        except OSError as error:
+            raise ClusterError(
+                f"cluster {plan.name!r} cannot be started in {root}: {error}. Next: shoal doctor"
+            ) from error
         _record(info)
         marker.unlink()
         say(f"cluster {info.name!r} is up: {info.dashboard_url}")
@@ -241,7 +248,10 @@ def _record(info: ClusterInfo) -> None:
 
 def _lock(project: Path) -> FileLock:
     folder = state_dir(project)
-    folder.mkdir(mode=0o700, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise storage_error("make the folder", folder, error) from error
     lock = FileLock(folder / "cluster.lock")
     try:
         lock.acquire(timeout_s=_LOCK_TIMEOUT_S)

@@ -97,7 +97,8 @@ def stop(cluster_id: str, *, grace_s: float, deadline_s: float) -> list[psutil.P
         if not alive or elapsed > deadline_s:
             return alive
         for process in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
+            # What we may not end (of another user, by way of sudo) is left, and said to be; the others are ended.
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
                 if elapsed >= grace_s:
                     process.kill()
                 elif process.pid not in asked:

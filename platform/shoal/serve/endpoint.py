@@ -20,7 +20,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from shoal.errors import ClusterError, ShoalError
+from shoal.errors import ClusterError
 from shoal.serve.core import picture, upload
 from shoal.serve.core.answer import Answer, Refusal, no_model
 from shoal.serve.core.batch import Batcher
@@ -150,8 +150,8 @@ class Endpoint:
         try:
             package = ModelPackage.open(path, expect=f"{expect[0]}@{expect[1]}" if expect else None)
             loaded = Loaded(package.model, package.version, package.load(), package)
-        except ShoalError as error:
-            self._rejected = str(error)
+        except Exception as error:  # of the recipe's own code too
+            self._rejected = str(error) or type(error).__name__
             raise
         self._loaded = loaded
         self._rejected = None
