@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import threading
 import urllib.error
 import urllib.request
@@ -18,6 +19,7 @@ from shoal.config import Range, Serve
 from shoal.errors import AccessError, ClusterError, CorruptError, NotFoundError, RequestError
 from shoal.serve.builder import deployment_options
 from shoal.serve.deploying import app_config, reason_of
+from shoal.storage import Storage
 from waiting import wait_until
 
 VERSION_2 = {"model": "digits", "version": 2, "path": "/models/digits/2"}
@@ -297,6 +299,8 @@ def test_client_and_replicas_read_the_keys_where_the_file_says(
     monkeypatch.setattr("ray.serve.deployment", lambda *_, **__: deployment)
     builder._bind(Endpoint, info, {})  # type: ignore[arg-type]
     assert bound["keys_file"] == expected
+    logs_dir = Storage(tmp_path).app_logs_dir
+    assert [stat.S_IMODE(folder.stat().st_mode) for folder in (logs_dir, logs_dir.parent)] == [0o700] * 2
 
 
 def test_only_the_newest_logs_of_replicas_are_kept_and_those_of_live_ones(tmp_path: Path) -> None:

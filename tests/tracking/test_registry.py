@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import subprocess
 import sys
 import threading
@@ -235,6 +236,9 @@ class TestOnMlflow:
             list(pool.map(lambda _: registry.set_alias("digits", "champion", 1), range(3)))
         assert most_inside == 1
         assert registry.resolve("digits@champion").version == 1
+
+    def test_the_database_is_for_its_owner_alone(self, migrated_db):
+        assert stat.S_IMODE(migrated_db.stat().st_mode) == 0o600
 
     def test_bad_names_change_nothing(self, registry, storage):
         for arguments in ({"model": "A"}, {"model": "digits", "alias": "latest"}):

@@ -16,7 +16,7 @@ from shoal.errors import AccessError, RequestError
 from shoal.serve.core.gate import Limits
 from shoal.serve.core.keys import Keys
 from shoal.serve.endpoint import Endpoint
-from shoal.storage import Storage
+from shoal.storage import Storage, make_directories
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -135,6 +135,10 @@ def _bind(endpoint: type[Endpoint], info: ClusterInfo, user_config: Mapping[str,
 
     settings = serve_settings(info)
     keys_file = keys_path(info)
+    logs_dir = Storage(info.storage).app_logs_dir
+    make_directories(
+        logs_dir
+    )  # ours alone, as all of the storage is: Ray would let others read what apps print
     replica = serve.ingress()(_replica_class(endpoint))
     deployment = serve.deployment(
         replica,
@@ -142,7 +146,7 @@ def _bind(endpoint: type[Endpoint], info: ClusterInfo, user_config: Mapping[str,
         user_config=dict(user_config),
         ray_actor_options={"num_cpus": endpoint.num_cpus},
         # On storage, because Ray's own folder goes with the cluster. A line per request would only cost speed.
-        logging_config={"logs_dir": str(Storage(info.storage).app_logs_dir), "enable_access_log": False},
+        logging_config={"logs_dir": str(logs_dir), "enable_access_log": False},
         **deployment_options(settings),
     )
     return deployment.bind(

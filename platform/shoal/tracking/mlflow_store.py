@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from shoal.errors import NotFoundError, RequestError, ShoalError, TrackingError
 from shoal.storage import make_directories
+from shoal.storage.disk import FILE_MODE, storage_error
 from shoal.tracking.delivery import Batch
 
 JOURNAL_TAG = "shoal.journal"
@@ -61,7 +62,7 @@ class MlflowStore:
         self._is_server = uri.startswith(("http://", "https://"))
         self._artifacts_dir = artifacts_dir
         if uri.startswith("sqlite:///"):
-            make_directories(Path(uri.removeprefix("sqlite:///")).parent)
+            _make_database(Path(uri.removeprefix("sqlite:///")))
         from mlflow.tracking import MlflowClient
 
         with self.translated():
@@ -185,6 +186,15 @@ class MlflowStore:
         if not self._is_server:
             check = "is the disk full, or the file held by another process?"
         return TrackingError(f"tracking at {self.uri} does not answer: {_gist(message)} ({check})")
+
+
+def _make_database(path: Path) -> None:
+    """An empty file that only we may read, which SQLite takes for a new database: its own others may read."""
+    try:
+        make_directories(path.parent)
+        os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, FILE_MODE))
+    except OSError as error:
+        raise storage_error("open the tracking database", path, error) from error
 
 
 def without_credentials(uri: str) -> str:
