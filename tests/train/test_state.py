@@ -44,13 +44,6 @@ def test_an_optimizers_state_comes_back() -> None:
         assert torch.equal(fresh.state_dict()["state"][0][name], value)
 
 
-def test_the_copy_shares_no_memory_with_training() -> None:
-    tensor = torch.zeros(3)
-    flat = flatten({"a": tensor}, what="it")
-    tensor += 1
-    assert flat.tensors["/a"].sum() == 0
-
-
 def test_what_needs_code_to_load_is_refused_by_name() -> None:
     with pytest.raises(RecipeError, match=r"the optimizer keeps a set at /groups/0"):
         flatten({"groups": [{1, 2}]}, what="the optimizer")

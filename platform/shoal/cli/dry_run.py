@@ -29,6 +29,9 @@ class _OneStep:
     def bad_step(self, step: int, samples: list[int], reason: str) -> None:
         raise AssertionError("on_nan is 'fail' here")
 
+    def before_update(self) -> None:
+        pass
+
     def after_step(self, session: Session, wishes: Wishes) -> bool:
         return True
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.errors import CorruptError, RecipeError
+from shoal.models.layout import FORMAT, check_dense, place_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
-_FORMAT = {"format": "pt"}  # what other readers of safetensors expect
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -32,7 +32,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
     unique, aliases = _separate(tensors)
     try:
-        save_file(unique, path, metadata={**aliases, **_FORMAT})
+        save_file(unique, path, metadata={**aliases, **FORMAT})
     except SafetensorError as error:
         # It has no OSError of its own, but ends its text with the number, in Rust's words.
         if (match := _OS_ERROR.search(str(error))) is None:
@@ -56,7 +56,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise CorruptError(f"{path} is not a safetensors file ({error}). It is not used.") from error
-    aliases = {alias: name for alias, name in metadata.items() if (alias, name) not in _FORMAT.items()}
+    aliases = {alias: name for alias, name in metadata.items() if (alias, name) not in FORMAT.items()}
     if unknown := sorted(name for name in aliases.values() if name not in tensors):
         raise CorruptError(f"{path} ties names to {unknown[0]!r}, which it does not hold. It is not used.")
     return {**tensors, **{alias: tensors[name] for alias, name in aliases.items() if alias not in tensors}}
@@ -71,13 +71,9 @@ def _separate(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
     names_by_place: dict[Any, str] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.is_quantized:
-            kind = type(tensor).__name__
-            raise RecipeError(
-                f"{name} is a {kind}; only plain dense tensors can be stored, never pickled objects"
-            )
+        check_dense(name, tensor)
         tensor = tensor.detach()
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        place = place_of(tensor)
         if place in names_by_place:
             aliases[name] = names_by_place[place]
             continue

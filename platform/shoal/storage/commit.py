@@ -72,14 +72,16 @@ def commit(
     *,
     meta: Mapping[str, Any],
     guard: Callable[[], None] = lambda: None,
+    measured: Mapping[str, FileEntry] | None = None,
     disk: Disk = LOCAL_DISK,
 ) -> Manifest:
     """Create ``directory`` with what ``write`` puts into the path that it is given; all of it or nothing.
 
     Blocks until everything is on disk. ``write`` may create files and sub-directories and must have closed
-    them when it returns; empty sub-directories are not recorded. ``meta`` must be JSON. Missing parents are
-    created. After a failure of any kind, and after an exception from ``write`` (passed on unchanged unless
-    it is an ``OSError``), nothing is left; after the death of the process a temporary directory may be left
+    them when it returns; what it has measured of them as it wrote them it may put into ``measured``, by relative
+    path, and the others are read again. Empty sub-directories are not recorded. ``meta`` must be JSON. Missing
+    parents are created. After a failure of any kind, and after an exception from ``write`` (passed on unchanged
+    unless it is an ``OSError``), nothing is left; after the death of the process a temporary directory may be left
     that no reader sees and `collect_orphans` removes.
 
     ``guard`` raises when the caller has lost the right to write (`Token.check`). It is asked right before the rename,
@@ -96,7 +98,7 @@ def commit(
         make_directories(directory.parent, disk)
         disk.make_directory(temporary)
         write(temporary)
-        manifest = _seal(temporary, meta, disk)
+        manifest = _seal(temporary, meta, disk, measured or {})
         guard()
         disk.publish_directory(temporary, directory)
     except BaseException as error:
@@ -289,7 +291,9 @@ def _body(files: Mapping[str, FileEntry], meta: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def _seal(temporary: Path, meta: Mapping[str, Any], disk: Disk) -> Manifest:
+def _seal(
+    temporary: Path, meta: Mapping[str, Any], disk: Disk, measured: Mapping[str, FileEntry]
+) -> Manifest:
     """Make everything in ``temporary`` durable and add its manifest."""
     files = {}
     paths, folders = _scan(temporary)
@@ -297,7 +301,7 @@ def _seal(temporary: Path, meta: Mapping[str, Any], disk: Disk) -> Manifest:
         raise StorageError(f"cannot commit {temporary}: {MANIFEST} is the name of the manifest; use another")
     for path in paths:
         # Hashed before the sync, while the pages are surely in memory.
-        entry = _measure(temporary / path)
+        entry = measured.get(path) or _measure(temporary / path)
         disk.sync_file(temporary / path)
         files[path] = entry
     content = _render(_body(files, meta))

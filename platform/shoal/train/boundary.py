@@ -6,18 +6,20 @@ import logging
 from pathlib import Path
 
 from shoal.errors import RecipeError, ShoalError, StorageError, SupersededError
+from shoal.recipe import Recipe
 from shoal.storage import Token, collect_orphans
 from shoal.tracking import RunRecord, RunState
 from shoal.train.bad_steps import BadSteps, BeginAgain
 from shoal.train.cadence import Cadence
 from shoal.train.checkpoint_writer import CheckpointWriter
-from shoal.train.checkpoints import Snapshot, take_snapshot, write_snapshot
+from shoal.train.checkpoints import Snapshot, is_large, take_snapshot, tensors_of, write_snapshot
 from shoal.train.group import Group
 from shoal.train.pulse import heart
 from shoal.train.reduce import Wishes
 from shoal.train.resume import Beginning, facts, record_checkpoint
 from shoal.train.session import Session
 from shoal.train.spec import EvalListener, RunSpec, digest_of
+from shoal.train.staging import Staging
 from shoal.train.stamp import checkpoint_at
 
 WRITE_SLICE_S = 5.0
@@ -59,6 +61,10 @@ class RunBoundary:
             if group.is_first
             else None
         )
+        self._is_prepared = False
+        self._staging = Staging() if group.is_first else None
+        # Nothing changes parameters between two steps of the default loop; a loop of the user's own may.
+        self._may_overlap = type(spec.recipe).train is Recipe.train
 
     def begin(self, beginning: Beginning) -> None:
         """Know what is on disk already: nothing is saved twice, and only a better model is the best.
@@ -111,6 +117,10 @@ class RunBoundary:
             and (not self._cannot_leave or self._cadence.is_checkpoint_due()),
         )
 
+    def before_update(self) -> None:
+        if self._writer is not None:
+            self._writer.finish_copying()
+
     def after_step(self, session: Session, wishes: Wishes) -> bool:
         is_last = session.steps_done >= self._spec.target_steps
         is_end = is_last or wishes.stop
@@ -121,7 +131,8 @@ class RunBoundary:
             self._evaluated = session.steps_done, values
         is_best = self._is_new_best(values)
         if any(wishes) or is_last or is_best or (values and self._spec.checkpoint_at_eval):
-            self._save(session, values)
+            self._save(session, values, is_awaited=is_end or wishes.resize or self._spec.checkpoint_at_eval)
+        self._prepare(session)
         if values and self._spec.checkpoint_at_eval:
             self._wait_written()  # whoever is told may copy it
         if values and self._group.is_first and self._on_eval is not None:
@@ -146,6 +157,17 @@ class RunBoundary:
         if is_rollback:
             raise BeginAgain
 
+    def _prepare(self, session: Session) -> None:
+        """After the first step, when the optimizer has a state: make ready for large snapshots."""
+        if self._is_prepared:
+            return
+        self._is_prepared = True
+        if self._writer is None or self._staging is None or self._writer.is_writing:
+            return
+        files = tensors_of(session.model, session.optimizer, session.scheduler)
+        if is_large(files):
+            self._writer.prepare(self._staging, files)
+
     @heart.during("save")
     def finish(self, session: Session) -> None:
         """Write what is left and the attempt's last line."""
@@ -154,7 +176,7 @@ class RunBoundary:
             if self._group.is_first:
                 self._record.append("eval", step=session.steps_done, split="test", values=test)
         if session.steps_done != self._saved_step:
-            self._save(session, {})  # a loop of the user's own that left early
+            self._save(session, {}, is_awaited=True)  # a loop of the user's own that left early
         self._wait_written()
         if self._writer is not None:
             self._writer.close()
@@ -191,9 +213,12 @@ class RunBoundary:
                 self._record.append("warning", message=message)
 
     def close(self) -> None:
-        """Wait for a checkpoint that is being written: the lock must outlive it."""
+        """Wait for a checkpoint that is being written: the lock must outlive it. Nothing is staged after this."""
         if self._writer is not None:
-            self._writer.join()
+            self._writer.end()
+        if self._staging is not None:
+            self._staging.close()
+            self._staging = None
 
     def _is_look_due(self, session: Session) -> bool:
         step = session.steps_done
@@ -217,13 +242,13 @@ class RunBoundary:
         return True
 
     @heart.during("save")
-    def _save(self, session: Session, values: dict[str, float]) -> None:
+    def _save(self, session: Session, values: dict[str, float], *, is_awaited: bool) -> None:
         if session.steps_done == self._saved_step:
             return
         self._saved_step = session.steps_done
         self._wait_written()
         if self._writer is not None:
-            self._writer.submit(self._snapshot(session, values))
+            self._writer.submit(self._snapshot(session, values), is_awaited=is_awaited)
             self._cadence.checkpoint_taken()
 
     def _snapshot(self, session: Session, values: dict[str, float]) -> Snapshot:
@@ -236,6 +261,8 @@ class RunBoundary:
             run=self._run,
             values=values,
             token=self._token,
+            staging=self._staging,
+            may_overlap=self._may_overlap,
         )
 
     def _is_there(self, session: Session) -> bool:
@@ -249,7 +276,8 @@ class RunBoundary:
         In slices: a disk may need longer for a checkpoint than a rank waits for its peers in one collective.
         """
         while not self._group.share(self._writer is None or self._writer.join(timeout_s=WRITE_SLICE_S)):
-            pass
+            if self._writer is not None:
+                self._writer.hurry()
 
     def _is_committed(self, session: Session) -> bool:
         """Whether this boundary is on the disk, so that another number of workers can go on from here; waits for it.
@@ -283,5 +311,9 @@ class RunBoundary:
     def _not_committed(self, snap: Snapshot, err: ShoalError) -> None:
         if isinstance(err, SupersededError):
             return  # the record is somebody else's; `wishes` and `finish` raise it
+        if isinstance(err, RecipeError):
+            return  # ends the run, in `before_update` or at its end
+        if snap.staged is not None and snap.staged.copying.is_torn:
+            self._may_overlap = False
         message = f"no checkpoint at step {snap.step}: {err}. Training goes on; earlier checkpoints are kept"
         self._record.append("warning", message=message)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from shoal.errors import ShoalError, StorageError
+from shoal.errors import RecipeError, ShoalError, StorageError
 from shoal.recipe import Objective
 from shoal.storage import Fence, Token, collect_orphans, discard, make_directories
-from shoal.train.checkpoints import Snapshot, write_snapshot
+from shoal.storage.background import BackgroundWriter, WriterLost
+from shoal.train.checkpoints import Snapshot, write_snapshot, write_staged
+from shoal.train.staging import Files, Staging
 from shoal.train.stamp import checkpoint_folders, position_of, step_of
+
+PATIENCE_S = 2.0
+"""How long somebody waits for the process, which has a low priority, before the thread writes instead."""
+
+logger = logging.getLogger(__name__)
 
 
 def plan_discard(steps: Iterable[int], *, keep: int, best: int | None) -> list[int]:
@@ -23,7 +31,8 @@ def plan_discard(steps: Iterable[int], *, keep: int, best: int | None) -> list[i
 class CheckpointWriter:
     """Writes snapshots of one run on a thread of its own, one at a time, and deletes what is not kept.
 
-    A second `submit` waits for the first: snapshots never pile up. Call `close` to wait for the last one.
+    A second `submit` waits for the first: snapshots never pile up. Call `close` to wait for the last one. A staged
+    snapshot is completed by the thread and written by a process; where that dies, the thread writes.
     """
 
     def __init__(
@@ -45,6 +54,9 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._failure: ShoalError | None = None
         self._best: tuple[int, float] | None = None
+        self._copied: Snapshot | None = None
+        """The one that may still be copied."""
+        self._background: BackgroundWriter | None = None
         make_directories(parent)
         collect_orphans(parent)
 
@@ -57,23 +69,71 @@ class CheckpointWriter:
         """Tell of a best checkpoint that an earlier attempt committed."""
         self._best = (step, value)
 
-    def submit(self, snap: Snapshot) -> None:
-        """Begin to write ``snap``; waits first for the one before it."""
+    def prepare(self, staging: Staging, files: Files) -> None:
+        """Begin to make memory and process ready for snapshots of such a state, so that the first costs no more."""
         self.join()
+        self._background = self._background or BackgroundWriter(staging.memory)
         self._thread = threading.Thread(
-            target=self._write, args=(snap,), name="shoal-checkpoint", daemon=True
+            target=self._prepare, args=(staging, files), name="shoal-checkpoint", daemon=True
         )
         self._thread.start()
+
+    def _prepare(self, staging: Staging, files: Files) -> None:
+        assert self._background is not None
+        try:
+            staging.prepare(files)
+            self._background.start()
+        except ShoalError:
+            logger.warning("the first checkpoint will take longer", exc_info=True)  # and will say why
+
+    def submit(self, snap: Snapshot, *, is_awaited: bool = False) -> None:
+        """Begin to write ``snap``; waits first for the one before it.
+
+        One that is awaited is written by the thread in any case: the process has a low priority.
+        """
+        self.join()
+        self._copied = snap if snap.staged is not None else None
+        self._thread = threading.Thread(
+            target=self._write, args=(snap, is_awaited), name="shoal-checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def finish_copying(self) -> None:
+        """Have the snapshot copied, helping: what it is a copy of is about to change. Waits for no disk.
+
+        Raises:
+            RecipeError: the snapshot before this one held NaN or infinite parameters.
+        """
+        if self._copied is not None:
+            assert self._copied.staged is not None
+            self._copied.staged.copying.finish()
+            self._copied = None
+        if isinstance(self._failure, RecipeError):
+            raise self._failure
 
     def close(self) -> None:
         """Wait until the last snapshot is committed.
 
         Raises:
             StorageError: that one could not be written.
+            RecipeError: it held NaN or infinite parameters.
         """
         self.join()
         if self._failure is not None:
             raise self._failure
+
+    def hurry(self) -> None:
+        """Have the thread write, at the priority of this process, what the process is writing: somebody waits."""
+        if self._background is not None and self.is_writing:
+            self._background.kill()
+
+    def end(self) -> None:
+        """Wait for what is being written, and end the process that writes."""
+        if not self.join(PATIENCE_S):
+            self.hurry()
+            self.join()
+        if self._background is not None:
+            self._background.close()
 
     @property
     def is_writing(self) -> bool:
@@ -86,10 +146,11 @@ class CheckpointWriter:
             self._thread.join(timeout_s)
         return not self.is_writing
 
-    def _write(self, snap: Snapshot) -> None:
+    def _write(self, snap: Snapshot, is_awaited: bool) -> None:
         started = time.monotonic()
         try:
-            path, size_bytes = write_snapshot(self._parent, snap)
+            snap.complete()
+            path, size_bytes = self._commit(snap, is_awaited)
             value = snap.values.get(self._objective.metric)
             if value is not None and self._objective.is_better(value, self.best_value):
                 self._best = (snap.step, value)
@@ -105,6 +166,17 @@ class CheckpointWriter:
             )
             self._on_failure(snap, self._failure)
 
+    def _commit(self, snap: Snapshot, is_awaited: bool) -> tuple[Path, int]:
+        if snap.staged is not None and not is_awaited:
+            if self._background is None:
+                self._background = BackgroundWriter(snap.staged.memory)
+            try:
+                return write_staged(self._parent, snap, self._background)
+            except WriterLost as lost:
+                logger.warning("step %d is written by the training process: %s", snap.step, lost)
+                discard(snap.directory(self._parent))  # it may have died when all was done
+        return write_snapshot(self._parent, snap)
+
     def discard_old(self, newest: int) -> None:
         """Delete what is not kept beside the checkpoint at step ``newest``.
 
@@ -116,6 +188,7 @@ class CheckpointWriter:
             StorageError: one cannot be deleted.
         """
         self._token.check()
+        collect_orphans(self._parent)  # of a process that died, ours or that of an attempt that did
         succession = Fence(self._token.fence).succession()
         reached = [path for path in checkpoint_folders(self._parent) if step_of(path) <= newest]
         counting = {step_of(path) for path in reached if succession.counts(*position_of(path))}

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
-from shoal.errors import CorruptError, RecipeError
+from shoal.errors import CorruptError, RecipeError, StorageError
 from shoal.models import load_tensors, save_tensors
 from shoal.storage import Succession, Token, commit, newest_verified, read_json
+from shoal.storage.background import BackgroundWriter, Span
+from shoal.train.staging import Files, Staged, Staging
 from shoal.train.stamp import (
     STATE_FILE,
     check_stamp,
@@ -27,9 +29,17 @@ MODEL_FILE = "model.safetensors"
 REST_FILE = "rest.safetensors"
 
 
+BACKGROUND_MIN_BYTES = 8 * 2**20
+"""From this size on a state is copied while the next step begins, and written by a process of its own. A smaller one
+is copied and written by a thread in less time than that would take."""
+
+
 @dataclass
 class Snapshot:
-    """A run's whole state at a step boundary, copied: training may go on while it is written."""
+    """A run's whole state at a step boundary, copied: training may go on while it is written.
+
+    One that is `staged` is copied while the training goes on, and whole only after `complete`.
+    """
 
     step: int
     model: dict[str, torch.Tensor]
@@ -43,6 +53,46 @@ class Snapshot:
     """Under which it is written; None for one that never is."""
     values: dict[str, float] = field(default_factory=dict)
     """The validation metrics measured at this very step, if any were."""
+    trained: frozenset[str] = frozenset()
+    """Names of the parameters in ``model``."""
+    staged: Staged | None = None
+    """How it lies in shared memory; None when it has memory of its own."""
+
+    def complete(self) -> None:
+        """Have the copy finished and looked at. For the thread that writes it.
+
+        Raises:
+            RecipeError: a parameter is NaN or infinite.
+            StorageError: parameters were changed while they were copied.
+        """
+        if self.staged is None:
+            return
+        self.staged.copying.finish()
+        if self.staged.copying.is_torn:
+            raise StorageError(
+                f"step {self.step}: parameters or the optimizer's state changed outside of session.step() while "
+                "they were copied; from now on they are copied before the next batch"
+            )
+        _check_finite(self)
+
+    @property
+    def under(self) -> Token:
+        """The token, of one that is written."""
+        assert self.token is not None
+        return self.token
+
+    def directory(self, parent: Path) -> Path:
+        """Where it is committed."""
+        return checkpoint_path(parent, self.step, self.under.number)
+
+    def stamp(self) -> dict[str, Any]:
+        """What its manifest says of it."""
+        return stamp(step=self.step, run=self.run, token=self.under.number)
+
+    def state(self) -> bytes:
+        """The content of `STATE_FILE`."""
+        state = {"step": self.step, "facts": self.facts, "values": self.values, "rest": self.rest.skeleton}
+        return json.dumps(state).encode()
 
 
 def take_snapshot(
@@ -55,20 +105,53 @@ def take_snapshot(
     run: str,
     values: dict[str, float],
     token: Token | None = None,
+    staging: Staging | None = None,
+    may_overlap: bool = False,
 ) -> Snapshot:
     """Copy the state to the CPU.
 
+    With ``staging`` a large state goes to its shared memory, and needs `Snapshot.complete`; with ``may_overlap`` what
+    the optimizer changes may still be copied when this returns, and has to be before its next step.
+
     Raises:
-        RecipeError: a parameter is NaN or infinite, or the optimizer keeps what cannot be saved without pickle.
+        RecipeError: a parameter is NaN or infinite (of a large state: found by `Snapshot.complete`), or the
+            optimizer keeps what cannot be saved without pickle.
     """
-    tensors = {name: snapshot(t) for name, t in model.state_dict().items()}
-    trained = {name for name, _ in model.named_parameters()}  # a buffer may hold -inf: causal masks do
-    for name, t in tensors.items():
-        if name in trained and t.is_floating_point() and not torch.isfinite(t).all():
-            raise RecipeError(
-                f"step {step}: the model's {name} is NaN or infinite, so nothing was saved at this step; "
-                "lower the learning rate or clip with session.step(max_grad_norm=...); earlier checkpoints are kept"
-            )
+    files, skeleton = _gather(model, optimizer, scheduler)
+    trained = frozenset(name for name, _ in model.named_parameters())
+    snap = Snapshot(step, {}, Flat(skeleton), facts, run, token, values, trained)
+    if staging is not None and is_large(files):
+        # What the optimizer does not train may be changed by a forward pass: buffers, codebooks kept as parameters.
+        by_optimizer = {name for name, p in model.named_parameters() if p.requires_grad}
+        staged = staging.stage(
+            files, later=lambda file, name: may_overlap and (file == REST_FILE or name in by_optimizer)
+        )
+        snap.staged, snap.model = staged, dict(staged.files[MODEL_FILE])
+        snap.rest.tensors = dict(staged.files[REST_FILE])
+        return snap
+    snap.model = {name: snapshot(t) for name, t in files[MODEL_FILE].items()}
+    snap.rest.tensors = {name: snapshot(t) for name, t in files[REST_FILE].items()}
+    _check_finite(snap)
+    return snap
+
+
+def tensors_of(model: torch.nn.Module, optimizer: Any, scheduler: Any) -> Files:
+    """The tensors of a state as they are, by the file that they belong in.
+
+    Raises:
+        RecipeError: the optimizer keeps what cannot be saved without pickle.
+    """
+    return _gather(model, optimizer, scheduler)[0]
+
+
+def is_large(files: Files) -> bool:
+    """Whether such a state is staged and written in the background."""
+    size_bytes = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
+    return size_bytes >= BACKGROUND_MIN_BYTES
+
+
+def _gather(model: torch.nn.Module, optimizer: Any, scheduler: Any) -> tuple[Files, Any]:
+    """Tensors by file, none of them copied, and the JSON that the others leave of optimizer and scheduler."""
     rest = flatten(
         {
             "optimizer": optimizer.state_dict(),
@@ -76,7 +159,23 @@ def take_snapshot(
         },
         what="the optimizer or scheduler",
     )
-    return Snapshot(step, tensors, rest, facts, run, token, values)
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    return {MODEL_FILE: tensors, REST_FILE: rest.tensors}, rest.skeleton
+
+
+def _check_finite(snap: Snapshot) -> None:
+    for name in snap.trained:  # a buffer may hold -inf: causal masks do
+        tensor = snap.model[name]
+        if tensor.is_floating_point() and not _is_finite(tensor):
+            raise RecipeError(
+                f"step {snap.step}: the model's {name} is NaN or infinite, so nothing was saved at this step; "
+                "lower the learning rate or clip with session.step(max_grad_norm=...); earlier checkpoints are kept"
+            )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """A sum is finite only if all terms are, and reads them once; one that is not may have overflowed."""
+    return bool(tensor.sum().isfinite() or torch.isfinite(tensor).all())
 
 
 def write_snapshot(parent: Path, snap: Snapshot) -> tuple[Path, int]:
@@ -86,18 +185,28 @@ def write_snapshot(parent: Path, snap: Snapshot) -> tuple[Path, int]:
         SupersededError: somebody else has taken over the run; no reader will use what was written, if anything was.
         StorageError: the disk is full or not writable; nothing is left.
     """
-    assert snap.token is not None
-    directory = checkpoint_path(parent, snap.step, snap.token.number)
+    directory = snap.directory(parent)
 
     def write(folder: Path) -> None:
         save_tensors(folder / MODEL_FILE, snap.model)
         save_tensors(folder / REST_FILE, snap.rest.tensors)
-        state = {"step": snap.step, "facts": snap.facts, "values": snap.values, "rest": snap.rest.skeleton}
-        (folder / STATE_FILE).write_text(json.dumps(state))
+        (folder / STATE_FILE).write_bytes(snap.state())
 
-    meta = stamp(step=snap.step, run=snap.run, token=snap.token.number)
-    manifest = commit(directory, write, meta=meta, guard=snap.token.check)
+    manifest = commit(directory, write, meta=snap.stamp(), guard=snap.under.check)
     return directory, manifest.size_bytes
+
+
+def write_staged(parent: Path, snap: Snapshot, writer: BackgroundWriter) -> tuple[Path, int]:
+    """As `write_snapshot`, by the process of ``writer``, for a snapshot that is staged and complete.
+
+    Raises:
+        SupersededError, StorageError: as `write_snapshot`.
+        WriterLost: the process died.
+    """
+    assert snap.staged is not None
+    content: dict[str, Span | bytes] = {**snap.staged.spans, STATE_FILE: snap.state()}
+    directory = snap.directory(parent)
+    return directory, writer.commit(directory, content, meta=snap.stamp(), guard=snap.under.check)
 
 
 @dataclass(frozen=True)

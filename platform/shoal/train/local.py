@@ -45,6 +45,9 @@ class _Listener:
     def wishes(self) -> Wishes:
         return Wishes()
 
+    def before_update(self) -> None:
+        pass
+
     def after_step(self, session: Session, wishes: Wishes) -> bool:
         self.history.append({"step": session.steps_done, **(session.take_progress() or {})})
         return session.steps_done >= session.target_steps

@@ -40,6 +40,10 @@ class Boundary(Protocol):
         """What this rank wishes for the end of the step under way."""
         ...
 
+    def before_update(self) -> None:
+        """What is copied from parameters and optimizer must be copied now: they are about to change."""
+        ...
+
     def after_step(self, session: Session, wishes: Wishes) -> bool:
         """Do what is due at this boundary, where all ranks know what any wished; True ends the loop here."""
         ...
@@ -218,6 +222,7 @@ class Session:
         if self._part < len(self._scheme.mine) - 1:
             return
         loss, wishes = self._gradients.finish()
+        self._boundary.before_update()
         if reason := self._why_unusable(loss):
             self._leave_out(reason, wishes)
             return

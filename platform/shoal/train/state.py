@@ -19,9 +19,7 @@ class Flat:
 
 
 def flatten(value: Any, *, what: str) -> Flat:
-    """Take a nest of dicts, lists, tuples, numbers, strings and tensors apart. Tensors are copied to the CPU.
-
-    The copy is a snapshot: training may go on while it is written.
+    """Take a nest of dicts, lists, tuples, numbers, strings and tensors apart. Tensors stay where they are.
 
     Raises:
         RecipeError: the nest holds something else; ``what`` (such as "the optimizer") names it in the message.
@@ -56,7 +54,7 @@ def unflatten(skeleton: Any, tensors: dict[str, torch.Tensor]) -> Any:
 def _take_apart(value: Any, what: str, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         name = path or "value"
-        tensors[name] = snapshot(value)
+        tensors[name] = value.detach()
         return {"tensor": name}
     if value is None or isinstance(value, bool | int | float | str):
         return value
