@@ -49,6 +49,23 @@ def test_a_new_version_keeps_what_would_make_ray_replace_replicas() -> None:
     assert after["deployments"] == [{"name": "endpoint", "user_config": VERSION_2}]
 
 
+@pytest.mark.parametrize(
+    "name", ["../x", "a/b", "", "a b", "a\n", "-a", "x" * 81, "predict", "model", "docs"]
+)
+def test_a_name_that_would_lead_elsewhere_is_refused(name: str) -> None:
+    with pytest.raises(RequestError, match="name"):
+        app_config(name, "a:app", VERSION_2, [{"route_prefix": "/"}], before=None)
+
+
+def test_no_app_can_have_the_name_of_a_route_but_the_one_at_the_root() -> None:
+    from shoal.serve.endpoint import Endpoint
+    from shoal.serve.routes import OWN_PATHS, build_routes
+
+    paths = {route.path for route in build_routes(Endpoint()).routes}  # type: ignore[attr-defined]
+    assert {path for path in paths if path.count("/") == 1} == OWN_PATHS
+    assert app_config("model", "a:app", VERSION_2, [], before=None)["route_prefix"] == "/"
+
+
 def test_a_name_whose_route_is_taken_is_refused() -> None:
     others = [{"route_prefix": "/"}, {"route_prefix": "/b"}]
     with pytest.raises(RequestError, match="another name"):

@@ -20,6 +20,7 @@ from shoal.serve import replica_logs
 from shoal.serve.builder import DEPLOYMENT, resolve, serve_settings
 from shoal.serve.handle import App, answering_model
 from shoal.serve.rest import read_serve, write_serve
+from shoal.serve.routes import OWN_PATHS
 from shoal.storage import Storage
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ _SETTLE_S = 10.0
 
 _TRACE = r"\s|$|(\w+: )?Traceback |The above exception|During handling|ray(\.exceptions\.Ray|::)"
 """How the lines of a stack trace begin that say nothing about what went wrong."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
+"""Of an app: it is a part of URLs and of log files' names."""
 
 AppConfig = dict[str, Any]
 """One app as Ray's `ServeApplicationSchema` has it."""
@@ -143,11 +147,16 @@ def app_config(
 
     The version goes into ``user_config``, never into ``args``: Ray replaces all replicas when those change.
     ``args`` stays what it was for the same reason.
+
+    Raises:
+        RequestError: a new app cannot have that name, or the route that goes with it.
     """
     taken = {other.get("route_prefix", "/") for other in others}
     prefix = before.get("route_prefix", "/") if before else "/" if "/" not in taken else f"/{name}"
     if prefix in taken and not before:
         raise RequestError(f"another app answers at {prefix}; choose another name than {name!r}")
+    if before is None:
+        _check_name(name, prefix)
     same_code = before is not None and before["import_path"] == import_path
     args = dict(before.get("args", {})) if before is not None and same_code else {}
     return {
@@ -157,6 +166,19 @@ def app_config(
         "args": args,
         "deployments": [{"name": DEPLOYMENT, "user_config": dict(user_config)}],
     }
+
+
+def _check_name(name: str, prefix: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise RequestError(
+            f"{name!r} cannot name an app: use 1 to 80 of letters, digits, '.', '_' and '-', "
+            "beginning with a letter or a digit"
+        )
+    if prefix in OWN_PATHS:
+        raise RequestError(
+            f"{name!r} cannot name an app: it would answer at {prefix} in the place of the app at /. "
+            f"Give it another name: --name {name}-app"
+        )
 
 
 @contextmanager

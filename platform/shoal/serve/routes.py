@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from shoal.serve.endpoint import Endpoint
 
 
+OWN_PATHS = frozenset({"/predict", "/healthz", "/model", "/docs", "/openapi.json"})
+"""Where every app answers; HAProxy sends the longest prefix's way, so no other app may be at one of them."""
+
+
 def build_routes(endpoint: Endpoint) -> FastAPI:
     """``/predict``, ``/healthz``, ``/model``, ``/docs`` and ``/openapi.json`` for ``endpoint``."""
     from fastapi import FastAPI
