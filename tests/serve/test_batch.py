@@ -59,6 +59,18 @@ def test_an_item_that_fails_fails_nobody_else(executor: Executor | None) -> None
     assert double.batches == [[1, 13, 3], [1], [13], [3], [4, 5]]
 
 
+def test_an_executor_that_takes_no_more_is_told_to_all() -> None:
+    closed = ThreadPoolExecutor(1)
+    closed.shutdown()
+
+    async def main() -> list[object]:
+        batcher = Batcher(Doubler(), max_size=2, executor=closed)
+        answers = asyncio.gather(*(batcher.submit(n) for n in range(3)), return_exceptions=True)
+        return list(await asyncio.wait_for(answers, 20))
+
+    assert all(isinstance(answer, RuntimeError) for answer in asyncio.run(main()))
+
+
 def test_a_waiting_caller_who_leaves_is_not_computed() -> None:
     double = Doubler()
 

@@ -93,6 +93,9 @@ class Batcher(Generic[Item, Result]):
         loop = asyncio.get_running_loop()
         try:
             outcomes = await loop.run_in_executor(executor, self._outcomes, [item for item, _ in batch])
+        except Exception as error:  # the executor takes no more
+            _hand_out(batch, [error] * len(batch))
+        else:
             _hand_out(batch, outcomes)
         finally:
             self._running = None
