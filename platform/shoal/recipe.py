@@ -38,6 +38,13 @@ class Objective:
             return True
         return value > than if self.mode == "max" else value < than
 
+    def best(self, values: Mapping[int, float], count: int) -> dict[int, float]:
+        """The ``count`` best of ``values`` by step, best first; of equals the earlier step. NaN never is."""
+        sign = -1.0 if self.mode == "max" else 1.0
+        measured = {step: value for step, value in values.items() if value == value}
+        ranked = sorted(measured, key=lambda step: (sign * measured[step], step))
+        return {step: measured[step] for step in ranked[:count]}
+
     def __str__(self) -> str:
         return f"{'highest' if self.mode == 'max' else 'lowest'} {self.metric}"
 

@@ -49,6 +49,7 @@ OF_A_RUN = [
     ("workers", "0..2", "at least 1 worker"),
     ("keep", True, "1 or more, such as 3"),
     ("keep", 0, "1 or more, such as 3"),
+    ("keep_best", 0, "1 or more, such as 3"),
     ("exact", 1, "True or False"),
     ("shards", 0, "1 or more, such as 8"),
     ("on_nan", "ignore", "'fail', 'skip' or 'rollback'"),

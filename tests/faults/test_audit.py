@@ -139,7 +139,7 @@ def leave_a_temporary_checkpoint(left: Left) -> None:
 
 
 def leave_a_temporary_token(left: Left) -> None:
-    (left.record.fence.folder / ".000002.json.0-0-1-1-0.tmp").touch()
+    (left.record.dir / "fence" / ".000002.json.0-0-1-1-0.tmp").touch()
 
 
 def leave_tokens(left: Left) -> None:

@@ -16,7 +16,7 @@ import pytest
 from storage_faults import start_child, wait_child
 
 from shoal.errors import StorageError, SupersededError
-from shoal.storage import Fence, collect_orphans, verify
+from shoal.storage import DiskStore, Fence, collect_orphans, verify
 from shoal.storage.background import BackgroundWriter, Span, WriterLost
 from shoal.storage.owner import start_ticks
 from waiting import wait_until
@@ -80,7 +80,7 @@ def _ignores_sigint(pid: int) -> bool:
 
 
 def test_who_has_lost_the_right_to_write_is_told_so(tmp_path: Path, writer: BackgroundWriter) -> None:
-    fence = Fence(tmp_path / "fence")
+    fence = Fence(DiskStore(tmp_path / "fence"))
     old = fence.take()
     writer.commit(tmp_path / "first", {"small": b"{}"}, meta={}, guard=old.check)
     fence.take()

@@ -9,6 +9,7 @@ import pickle
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 from storage_faults import SteppedDisk, dying_disk, failing_disk, in_child, num_steps, start_child, wait_child
 
 from shoal.errors import StorageError, SupersededError
-from shoal.storage import NO_TOKEN, Disk, Fence, Succession, Token, collect_orphans, commit, verify
+from shoal.storage import NO_TOKEN, Disk, DiskStore, Fence, Succession, Token, collect_orphans, commit, verify
 from shoal.train.stamp import checkpoint_folders, checkpoint_path, counting, position_of
 
 SUPERSEDED = 42
@@ -70,7 +71,7 @@ CALLS = ["make_directory", "sync_file", "write_file", "sync_directory", "publish
 
 def test_a_commit_makes_the_calls_that_are_tried(tmp_path: Path) -> None:
     disk = SteppedDisk(lambda number, name: None)
-    write_step(tmp_path, 20, Fence(tmp_path / "fence").take(), disk)
+    write_step(tmp_path, 20, Fence(DiskStore(tmp_path / "fence")).take(), disk)
     assert disk.steps == CALLS
 
 
@@ -78,7 +79,7 @@ def test_a_commit_makes_the_calls_that_are_tried(tmp_path: Path) -> None:
 @pytest.mark.parametrize("call", range(len(CALLS)))
 def test_of_an_old_driver_that_wakes_nothing_is_read(tmp_path: Path, call: int, wakes: str) -> None:
     """It sleeps before each call of its commit, and wakes when the next driver has come so far."""
-    fence, checkpoints = Fence(tmp_path / "fence"), tmp_path / "checkpoints"
+    fence, checkpoints = Fence(DiskStore(tmp_path / "fence")), tmp_path / "checkpoints"
     old = fence.take()
     begin(fence, checkpoints, old)
     write_step(checkpoints, 10, old)
@@ -113,7 +114,7 @@ def test_of_an_old_driver_that_wakes_nothing_is_read(tmp_path: Path, call: int, 
 
 
 def test_only_one_of_many_takes_a_token(tmp_path: Path) -> None:
-    fence, taken = Fence(tmp_path / "fence"), []
+    fence, taken = Fence(DiskStore(tmp_path / "fence")), []
     start = threading.Barrier(8)
 
     def take() -> None:
@@ -129,7 +130,7 @@ def test_only_one_of_many_takes_a_token(tmp_path: Path) -> None:
 
 
 def test_attempts_of_one_driver_supersede_each_other_and_never_a_later_driver(tmp_path: Path) -> None:
-    fence = Fence(tmp_path / "fence")
+    fence = Fence(DiskStore(tmp_path / "fence"))
     first = fence.take()
     attempts = [fence.take(driver=first.number) for _ in range(2)]
     with pytest.raises(SupersededError):
@@ -150,7 +151,7 @@ def test_a_slow_one_does_not_win_with_a_number_that_was_taken_and_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It read that 1 was the newest; until it creates 2, others have taken 2 and 3, and 2 is gone."""
-    fence = Fence(tmp_path / "fence")
+    fence = Fence(DiskStore(tmp_path / "fence"))
     fence.take()
 
     class Overtaken(Disk):
@@ -160,12 +161,12 @@ def test_a_slow_one_does_not_win_with_a_number_that_was_taken_and_removed(
                 fence.take().begin({})
             super().publish_file(source, target)
 
-    assert fence.take(disk=Overtaken()).number == 4
-    assert sorted(os.listdir(fence.folder)) == ["000003.json", "000004.json"]
+    assert Fence(DiskStore(tmp_path / "fence", Overtaken())).take().number == 4
+    assert fence.store.list() == ["000003.json", "000004.json"]
 
 
 def test_which_older_commits_count_is_known_over_many_holders(tmp_path: Path) -> None:
-    fence, checkpoints = Fence(tmp_path / "fence"), tmp_path / "checkpoints"
+    fence, checkpoints = Fence(DiskStore(tmp_path / "fence")), tmp_path / "checkpoints"
     kept: list[Path] = []
     olds = []
     for step in (10, 20, 30):
@@ -183,48 +184,52 @@ def test_which_older_commits_count_is_known_over_many_holders(tmp_path: Path) ->
     older = fence.succession().up_to((20, 2), map(position_of, checkpoint_folders(checkpoints)))
     last.begin(older)
     assert counting(checkpoints, fence.succession()) == kept[:2]
-    assert os.listdir(fence.folder) == ["000004.json"], "the newest holder's is enough"
+    assert fence.store.list() == ["000004.json"], "the newest holder's is enough"
 
 
 def test_who_begins_anew_leaves_nothing_of_before(tmp_path: Path) -> None:
     assert Succession().counts(5, NO_TOKEN), "where nobody ever took a token, all count"
-    fence = Fence(tmp_path / "fence")
+    fence = Fence(DiskStore(tmp_path / "fence"))
     fence.take().begin(Succession().up_to(None, [(5, NO_TOKEN), (7, NO_TOKEN)]))
     assert not fence.succession().counts(5, NO_TOKEN)
     assert fence.succession().counts(0, 1)
 
 
 def test_a_copy_without_its_fence_goes_on_above_its_tokens(tmp_path: Path) -> None:
-    fence = Fence(tmp_path / "fence")
+    fence = Fence(DiskStore(tmp_path / "fence"))
     assert fence.take(above=7).number == 8
     assert fence.take(above=7).number == 9
 
 
 @pytest.mark.parametrize("act", ["take", "begin"])
 def test_whatever_fails_and_whenever_it_dies_the_fence_can_be_used(tmp_path: Path, act: str) -> None:
-    def do(fence: Fence, disk: Disk) -> None:
-        token = fence.take() if act == "begin" else None
-        fence.take(disk=disk) if token is None else token.begin({0: 10}, disk=disk)
+    def do(folder: Path, disk: Disk) -> None:
+        store = DiskStore(folder, disk)
+        if act == "take":
+            Fence(store).take()
+        else:
+            replace(Fence(DiskStore(folder)).take(), fence=store).begin({0: 10})
 
-    counted = Fence(tmp_path / "counted")
-    counted.take().begin({0: 10})
+    counted = tmp_path / "counted"
+    Fence(DiskStore(counted)).take().begin({0: 10})
     for step in range(num_steps(lambda disk: do(counted, disk))):
         for kind in (failing_disk, dying_disk):
-            fence = Fence(tmp_path / f"{act}-{step}-{kind.__name__}")
+            folder = tmp_path / f"{act}-{step}-{kind.__name__}"
+            fence = Fence(DiskStore(folder))
             fence.take().begin({0: 10})
             if kind is failing_disk:
                 with contextlib.suppress(StorageError):  # a temporary file that stays is only logged
-                    do(fence, kind(step))
+                    do(folder, kind(step))
             else:
-                assert in_child(partial(do, fence, kind(step))) == -signal.SIGKILL
+                assert in_child(partial(do, folder, kind(step))) == -signal.SIGKILL
             assert fence.succession().counts(10, 0)
             assert not fence.succession().counts(11, 0)
             token = fence.take()
             token.begin({0: 5})
             assert fence.succession() == Succession(token.number, {0: 5})
             if kind is dying_disk:
-                collect_orphans(fence.folder)
-                assert os.listdir(fence.folder) == [f"{token.number:06d}.json"]
+                collect_orphans(folder)
+                assert os.listdir(folder) == [f"{token.number:06d}.json"]
 
 
 def damage_bit(content: bytes) -> bytes:
@@ -233,9 +238,9 @@ def damage_bit(content: bytes) -> bytes:
 
 @pytest.mark.parametrize("damage", [damage_bit, lambda content: content[:-9], lambda content: b"[]"])
 def test_a_damaged_file_makes_no_run_unusable(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
-    fence = Fence(tmp_path / "fence")
+    fence = Fence(DiskStore(tmp_path / "fence"))
     fence.take().begin({0: 10})
-    (file,) = fence.folder.iterdir()
+    (file,) = (tmp_path / "fence").iterdir()
     file.write_bytes(damage(file.read_bytes()))
     assert fence.succession() == Succession(), "what counted before it counts: all"
     token = fence.take()
@@ -245,8 +250,8 @@ def test_a_damaged_file_makes_no_run_unusable(tmp_path: Path, damage: Callable[[
 
 
 def test_a_name_that_is_no_tokens_is_none(tmp_path: Path) -> None:
-    fence = Fence(tmp_path / "fence")
+    fence = Fence(DiskStore(tmp_path / "fence"))
     fence.take()
     for name in ("000009.json.bak", ".000009.json.tmp", "9.json"):
-        (fence.folder / name).write_text(json.dumps({}))
+        (tmp_path / "fence" / name).write_text(json.dumps({}))
     assert fence.take().number == 2

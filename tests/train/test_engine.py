@@ -20,7 +20,7 @@ import shoal
 from committed import folder_of
 from shoal.errors import CorruptError, PeerLost, RecipeError, StorageError, SupersededError
 from shoal.recipe import maximize
-from shoal.storage import MANIFEST, Storage, commit, verify
+from shoal.storage import MANIFEST, Storage, commit, reading, verify
 from shoal.storage.owner import Owner
 from shoal.tracking import RunRecord, RunState
 from shoal.train import boundary, cadence, checkpoint_writer, checkpoints
@@ -221,6 +221,49 @@ def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path: Path) -> None:
     best = record.best_checkpoint(maximize("accuracy"))
     assert best is not None
     assert best["step"] == 5
+
+
+class Rising(Toy):
+    """Worse and better: its values at steps 5, 10, ... 60."""
+
+    VALUES: ClassVar = [3, 9, 5, 8, 1, 9, 2, 4, 0, 1, 2, 3]
+
+    def metrics(self, model: nn.Module, batch: Any) -> dict[str, Any]:
+        return {"accuracy": float(self.VALUES[self.seen[0] // 5 - 1])}
+
+    seen: ClassVar[list[int]] = [0]
+
+    def train(self, session: shoal.Session) -> None:
+        for batch in session.batches():
+            session.backward(session.loss(batch))
+            self.seen[0] = session.steps_done + 1
+            session.step()
+
+
+@pytest.mark.parametrize("stops_at", [None, 20, 35])
+def test_as_many_of_the_best_are_kept_as_is_asked_for(tmp_path: Path, stops_at: int | None) -> None:
+    """Also by an attempt that knows them from the record alone. The earlier one of equals is better."""
+    spec = spec_of(tmp_path, Rising(eval_every=5), keep=1, keep_best=3, checkpoint_every_s=1e6)
+    if stops_at is not None:
+        train(replace(spec, target_steps=stops_at))
+    record = train(spec)
+    assert sorted(map(step_of, record.checkpoints_dir.iterdir())) == [10, 20, 30, 60]
+    best = record.best_checkpoint(maximize("accuracy"))
+    assert best is not None
+    assert best["step"] == 10
+    written = {event["step"] for event in record.events(("checkpoint",))}
+    assert written - {stops_at} == {5, 10, 15, 20, 30, 60} - {stops_at}, "no other was among the best"
+
+
+def test_what_somebody_reads_is_deleted_later(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, Toy(eval_every=5), keep=1, checkpoint_every_s=0.001)
+    record = train(replace(spec, target_steps=5))
+    first = folder_of(record, 5)
+    with reading(first):
+        train(spec)
+        verify(first)
+    train(replace(spec, target_steps=61))
+    assert not first.exists() or step_of(Run(record).best_checkpoint()) == 5
 
 
 def test_what_a_dead_attempt_left_is_deleted_when_the_next_begins(tmp_path: Path) -> None:

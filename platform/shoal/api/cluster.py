@@ -58,6 +58,7 @@ class Cluster:
         precision: Precision = "fp32",
         checkpoint_every: float | str | None = None,
         keep: int | None = None,
+        keep_best: int | None = None,
         exact: bool | None = None,
         shards: int | None = None,
         on_nan: OnNan | None = None,
@@ -74,7 +75,8 @@ class Cluster:
             steps: where it ends. Default: the recipe's ``steps``.
             name: default ``<recipe>-<8 hex>``.
             seed: of weights, data order and dropout. precision: of the forward pass.
-            checkpoint_every: seconds, or ``"30s"``. keep: newest checkpoints besides the best. Default: the file's.
+            checkpoint_every: seconds, or ``"30s"``. Default: the file's.
+            keep: newest checkpoints to keep. keep_best: best ones to keep besides. Default: the file's.
             exact: the same bits on any number of workers, at some cost (docs/exact.md). Default: the file's.
             shards: of an exact run, the parts of every batch, and the most workers. Default: the file's.
             on_nan: at a NaN or infinite loss ``fail``, ``skip`` the batch, or ``rollback`` to the last checkpoint and
@@ -97,6 +99,7 @@ class Cluster:
             precision=precision,
             checkpoint_every=checkpoint_every,
             keep=keep,
+            keep_best=keep_best,
             exact=exact,
             shards=shards,
             on_nan=on_nan,

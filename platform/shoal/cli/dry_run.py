@@ -110,7 +110,7 @@ def _facts(spec: RunSpec, session: Session, data: Datasets, seconds: float, work
         "run": spec.name,
         "parameters": f"{num_parameters:,}",
         "checkpoint": f"{size_text(_checkpoint_bytes(session))}, every {spec.checkpoint_every_s:g} s, "
-        f"{spec.keep} kept besides the best",
+        f"{spec.keep} kept besides the best{f' {spec.keep_best}' if spec.keep_best > 1 else ''}",
         "samples": samples,
         "batch": f"{batch} samples; at most, with " + ", ".join(shares),
         "steps": f"{spec.target_steps:,}, {spec.target_steps * batch / len(data.train):,.1f} epochs",  # type: ignore[arg-type]

@@ -46,6 +46,12 @@ Keep = Annotated[
     int | None,
     typer.Option(metavar="N", help="Newest checkpoints to keep besides the best. Default: the file's."),
 ]
+KeepBest = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Best checkpoints to keep, by the recipe's objective. Default: the file's."
+    ),
+]
 Exact = Annotated[
     bool | None,
     typer.Option(

@@ -131,7 +131,9 @@ class Train(Section):
     checkpoint_every: PositiveDuration = Duration(30)
     """Time between checkpoints, which is the most work that a crash can cost."""
     keep: Count = 3
-    """How many of the newest checkpoints are kept, besides the best one."""
+    """How many of the newest checkpoints are kept, besides the best ones."""
+    keep_best: Count = 1
+    """How many of the best checkpoints are kept, by the recipe's objective on validation data."""
     exact: bool = False
     """Whether a run's weights are the same bits on any number of workers (docs/exact.md); sweeps stay fast."""
     shards: Count = 8

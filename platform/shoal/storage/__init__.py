@@ -22,7 +22,9 @@ from shoal.storage.identity import claim, differences
 from shoal.storage.journal import MAX_LINE_BYTES, append_line, read_lines
 from shoal.storage.layout import MIN_FREE_BYTES, Storage, check_name, is_name
 from shoal.storage.lock import FileLock
+from shoal.storage.reading import discard_unread, reading
 from shoal.storage.stop import StopMark
+from shoal.storage.store import DiskStore, Store
 
 __all__ = [
     "MANIFEST",
@@ -30,12 +32,14 @@ __all__ = [
     "MIN_FREE_BYTES",
     "NO_TOKEN",
     "Disk",
+    "DiskStore",
     "Fence",
     "FileEntry",
     "FileLock",
     "Manifest",
     "StopMark",
     "Storage",
+    "Store",
     "Succession",
     "Token",
     "append_line",
@@ -47,12 +51,14 @@ __all__ = [
     "create_json",
     "differences",
     "discard",
+    "discard_unread",
     "is_name",
     "make_directories",
     "newest_verified",
     "open_plain",
     "read_json",
     "read_lines",
+    "reading",
     "verify",
     "write_json",
 ]

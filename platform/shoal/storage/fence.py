@@ -15,16 +15,15 @@ import json
 import logging
 import os
 import re
+import secrets
 import socket
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from shoal.errors import CorruptError, NotFoundError, StorageError, SupersededError
-from shoal.storage.disk import LOCAL_DISK, Disk, storage_error
-from shoal.storage.files import create_json, read_json, write_json
+from shoal.storage.store import Store
 
 NO_TOKEN = 0
 """Of what was committed before there were tokens, or was put there from elsewhere."""
@@ -68,7 +67,7 @@ class Succession:
 class Token:
     """The right to write, until somebody takes the next. May be sent to other processes, which then share it."""
 
-    fence: Path
+    fence: Store
     number: int
     """From 1; greater than every one before."""
     driver: int
@@ -95,7 +94,7 @@ class Token:
         if newest > self.number and content.get("driver") != self.driver:
             raise _superseded(self.fence, newest, self.number)
 
-    def begin(self, older: Mapping[int, int], *, disk: Disk = LOCAL_DISK) -> None:
+    def begin(self, older: Mapping[int, int]) -> None:
         """Say which older commits count (`Succession.up_to`); from now on no other one does. Before the first write.
 
         Raises:
@@ -103,18 +102,18 @@ class Token:
             StorageError: it cannot be written.
         """
         counting = {str(token): step for token, step in older.items()}
-        write_json(_file(self.fence, self.number), _content(self.driver, counting), disk=disk)
+        self.fence.put(_key(self.number), _content(self.driver, counting))
         self.check()
         _remove(self.fence, [number for number in _numbers(self.fence) if number < self.number])
 
 
 class Fence:
-    """The tokens in ``folder``: one small file each, of which at most the last few stay."""
+    """The tokens in a ``store`` of their own: one small object each, of which at most the last few stay."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, store: Store) -> None:
+        self.store = store
 
-    def take(self, *, driver: int | None = None, above: int = NO_TOKEN, disk: Disk = LOCAL_DISK) -> Token:
+    def take(self, *, driver: int | None = None, above: int = NO_TOKEN) -> Token:
         """The next token, greater than ``above`` too; who holds an earlier one is superseded.
 
         ``driver`` is the number with which the driver of this attempt began. Its attempts supersede each other,
@@ -125,22 +124,22 @@ class Fence:
             StorageError: the fence cannot be written.
         """
         for _ in range(_ATTEMPTS):
-            newest, content = _newest(self.folder)
+            newest, content = _newest(self.store)
             if driver is not None and newest > driver and content.get("driver") != driver:
-                raise _superseded(self.folder, newest, driver)
+                raise _superseded(self.store, newest, driver)
             number = max(newest, above) + 1
             if number > LAST_TOKEN:
                 raise StorageError(
-                    f"{self.folder} has given out all of its {LAST_TOKEN} tokens; use another name"
+                    f"{self.store} has given out all of its {LAST_TOKEN} tokens; use another name"
                 )
-            token = Token(self.folder, number, number if driver is None else driver)
-            if not create_json(_file(self.folder, number), _content(token.driver, None), disk=disk):
+            token = Token(self.store, number, number if driver is None else driver)
+            if not self.store.create(_key(number), _content(token.driver, None)):
                 continue
             # While we were about to take it, later ones may have been taken and this one's file removed.
-            if max(_numbers(self.folder)) == number:
+            if max(_numbers(self.store)) == number:
                 return token
-            _remove(self.folder, [number])
-        raise StorageError(f"{self.folder}: somebody else took each of {_ATTEMPTS} tokens first; try again")
+            _remove(self.store, [number])
+        raise StorageError(f"{self.store}: somebody else took each of {_ATTEMPTS} tokens first; try again")
 
     def succession(self) -> Succession:
         """Which commits count now: where nobody has begun, all.
@@ -149,60 +148,57 @@ class Fence:
             StorageError: the fence cannot be read.
         """
         for _ in range(_ATTEMPTS):
-            numbers = sorted(_numbers(self.folder), reverse=True)
+            numbers = sorted(_numbers(self.store), reverse=True)
             try:
                 for number in numbers:
-                    counting = _read(self.folder, number)["counts"]
+                    counting = _read(self.store, number)["counts"]
                     if counting is not None:
                         return Succession(number, {int(token): step for token, step in counting.items()})
             except NotFoundError:  # a newer holder has begun, and removed it
                 continue
             return Succession()
-        raise StorageError(f"{self.folder} changed {_ATTEMPTS} times while it was read; try again")
+        raise StorageError(f"{self.store} changed {_ATTEMPTS} times while it was read; try again")
 
 
-def _file(folder: Path, number: int) -> Path:
-    return folder / f"{number:06d}.json"
+def _key(number: int) -> str:
+    return f"{number:06d}.json"
 
 
-def _numbers(folder: Path) -> list[int]:
-    try:
-        names = os.listdir(folder)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise storage_error("list", folder, error) from error
-    return [int(found[1]) for name in names if (found := _NAME.fullmatch(name))]
+def _numbers(store: Store) -> list[int]:
+    return [int(found[1]) for key in store.list() if (found := _NAME.fullmatch(key))]
 
 
-def _newest(folder: Path) -> tuple[int, dict[str, Any]]:
-    """The newest token, and what its file says; `NO_TOKEN` and nothing where there is none."""
+def _newest(store: Store) -> tuple[int, dict[str, Any]]:
+    """The newest token, and what it says; `NO_TOKEN` and nothing where there is none."""
     for _ in range(_ATTEMPTS):
-        number = max(_numbers(folder), default=NO_TOKEN)
+        number = max(_numbers(store), default=NO_TOKEN)
         if number == NO_TOKEN:
             return number, {}
         with contextlib.suppress(NotFoundError):  # a newer one has begun, and removed it
-            return number, _read(folder, number)
-    raise StorageError(f"{folder} changed {_ATTEMPTS} times while it was read; try again")
+            return number, _read(store, number)
+    raise StorageError(f"{store} changed {_ATTEMPTS} times while it was read; try again")
 
 
-def _content(driver: int, counting: Mapping[str, int] | None) -> dict[str, Any]:
+def _content(driver: int, counting: Mapping[str, int] | None) -> bytes:
     said = {
         "driver": driver,
         "counts": counting,
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "since": time.time(),
+        "nonce": secrets.token_hex(
+            8
+        ),  # no two are equal, or two could believe that they had made the same one
     }
-    return {**said, "digest": _digest(said)}
+    return json.dumps({**said, "digest": _digest(said)}, indent=1, sort_keys=True).encode() + b"\n"
 
 
 def _digest(said: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-def _read(folder: Path, number: int) -> dict[str, Any]:
-    """What a token's file says. A damaged one says nothing: its number still holds, and what counted before counts.
+def _read(store: Store, number: int) -> dict[str, Any]:
+    """What a token says. A damaged one says nothing: its number still holds, and what counted before counts.
 
     Refusing to go on would make a run unusable for one flipped bit, and only a second holder at that very time
     could do harm.
@@ -210,30 +206,31 @@ def _read(folder: Path, number: int) -> dict[str, Any]:
     Raises:
         NotFoundError: there is none any more.
     """
-    path = _file(folder, number)
     try:
-        found = read_json(path)
+        found = json.loads(store.read(_key(number)))
         if isinstance(found, dict) and found.pop("digest", None) == _digest(found):
             return found
-    except CorruptError:
+    except (CorruptError, ValueError, RecursionError):
         pass
-    logger.warning("%s is damaged; which older commits count is taken from before it", path)
+    logger.warning(
+        "token %d of %s is damaged; which older commits count is taken from before it", number, store
+    )
     return {"driver": number, "counts": None}
 
 
-def _remove(folder: Path, numbers: Iterable[int]) -> None:
+def _remove(store: Store, numbers: Iterable[int]) -> None:
     for number in numbers:
-        with contextlib.suppress(OSError):  # left to the next holder
-            _file(folder, number).unlink()
+        with contextlib.suppress(StorageError):  # left to the next holder
+            store.delete(_key(number))
 
 
-def _superseded(folder: Path, newest: int, mine: int) -> SupersededError:
+def _superseded(store: Store, newest: int, mine: int) -> SupersededError:
     try:
-        said = _read(folder, newest)
+        said = _read(store, newest)
     except (NotFoundError, StorageError):
         said = {}
     who = f"process {said['pid']} on {said['host']}" if "pid" in said else "another process"
     return SupersededError(
-        f"{who} has taken over {folder.parent} (token {newest}; this one has {mine}), so nothing more is written "
+        f"{who} has taken over what {store} guards (token {newest}; this one has {mine}), so nothing more is written "
         "here: see which of the two is to go on, and stop the other"
     )

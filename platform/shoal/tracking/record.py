@@ -22,6 +22,7 @@ from shoal.errors import (
 from shoal.recipe import Objective
 from shoal.storage import (
     MAX_LINE_BYTES,
+    DiskStore,
     Fence,
     FileLock,
     StopMark,
@@ -86,7 +87,7 @@ class RunRecord:
         self.driver_lock_path = self.dir / "driver.lock"
         """Held by the process that keeps the workers alive: also while they start, or start again."""
         self.identity_path = self.dir / _IDENTITY
-        self.fence = Fence(self.dir / "fence")
+        self.fence = Fence(DiskStore(self.dir / "fence"))
         """Whoever trains the run takes a token of it first."""
         self._trial_path = self.dir / "trial.json"
         self._stop = StopMark(self.dir)

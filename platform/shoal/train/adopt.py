@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import CorruptError, NotFoundError
-from shoal.storage import NO_TOKEN, Manifest, copy_committed, discard
+from shoal.storage import NO_TOKEN, Manifest, copy_committed, discard, reading
 from shoal.tracking import RunRecord
 from shoal.train.spec import Source
 from shoal.train.stamp import check_stamp, checkpoint_folders, checkpoint_path, counting, step_of
@@ -16,7 +16,7 @@ from shoal.train.stamp import check_stamp, checkpoint_folders, checkpoint_path, 
 logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 3
-"""A run that trains on deletes its old checkpoints, perhaps what is being copied; then there are newer ones."""
+"""A run that trains on deletes its old checkpoints, perhaps what is about to be copied; then there are newer ones."""
 
 
 def adopt_checkpoint(source: RunRecord, target: RunRecord) -> Source:
@@ -44,7 +44,8 @@ def adopt_checkpoint(source: RunRecord, target: RunRecord) -> Source:
 
 
 def _copy(checkpoint: Path, target: Path, identity: Mapping[str, Any] | None) -> Manifest:
-    manifest = copy_committed(checkpoint, target)
+    with reading(checkpoint):
+        manifest = copy_committed(checkpoint, target)
     try:
         check_stamp(target, manifest, identity)
     except CorruptError:

@@ -38,7 +38,8 @@ class RunBoundary:
         self._token = token
         self._objective = spec.recipe.objective
         self._cadence = Cadence(target_steps=spec.target_steps, checkpoint_every_s=spec.checkpoint_every_s)
-        self._best: float | None = None
+        self._best: dict[int, float] = {}
+        """The best by the objective and their steps, as many as are kept for that; the same on every rank."""
         self._saved_step: int | None = None
         self._evaluated: tuple[int, dict[str, float]] = (0, {})
         self._stop = False
@@ -53,6 +54,7 @@ class RunBoundary:
             CheckpointWriter(
                 record.checkpoints_dir,
                 keep=spec.keep,
+                keep_best=spec.keep_best,
                 objective=self._objective,
                 token=token,
                 on_commit=self._committed,
@@ -73,16 +75,14 @@ class RunBoundary:
         """
         self._saved_step = beginning.saved_step
         self._bad_steps.know(beginning.bad_steps)
-        if beginning.best is not None:
-            step, self._best = beginning.best
-            if self._writer is not None:
-                self._writer.know_best(step, self._best)
+        self._best = dict(beginning.best)
         if self._writer is not None:
+            self._writer.know(beginning.best)
             self._delete_leftovers(self._writer)
 
     def _delete_leftovers(self, writer: CheckpointWriter) -> None:
         try:
-            for folder in (self._record.dir, self._record.fence.folder):
+            for folder in (self._record.dir, self._record.dir / "fence"):
                 collect_orphans(folder)
             if self._saved_step is not None:
                 writer.discard_old(self._saved_step)
@@ -95,11 +95,10 @@ class RunBoundary:
         if path is None or not self._is_look_due(session):
             return
         values = self._evaluate(session)
-        is_best = self._is_new_best(values)
+        self._is_among_best(session, values)
         if self._writer is not None:
             record_checkpoint(self._record, path, values)
-            if is_best:
-                self._writer.know_best(session.steps_done, values[self._objective.metric])
+            self._writer.know({session.steps_done: values[self._objective.metric]})
         if self._group.is_first and self._on_eval is not None:
             self._on_eval(session.steps_done, values)
 
@@ -129,7 +128,7 @@ class RunBoundary:
         if self._is_look_due(session):
             values = self._evaluate(session)
             self._evaluated = session.steps_done, values
-        is_best = self._is_new_best(values)
+        is_best = self._is_among_best(session, values)
         if any(wishes) or is_last or is_best or (values and self._spec.checkpoint_at_eval):
             self._save(session, values, is_awaited=is_end or wishes.resize or self._spec.checkpoint_at_eval)
         self._prepare(session)
@@ -234,12 +233,13 @@ class RunBoundary:
             self._record.append("eval", step=session.steps_done, split="val", values=values)
         return values
 
-    def _is_new_best(self, values: dict[str, float]) -> bool:
+    def _is_among_best(self, session: Session, values: dict[str, float]) -> bool:
+        """Whether a checkpoint of this step is one of those that are kept for their values."""
         value = values.get(self._objective.metric)
-        if value is None or not self._objective.is_better(value, self._best):
+        if value is None:
             return False
-        self._best = value
-        return True
+        self._best = self._objective.best({**self._best, session.steps_done: value}, self._spec.keep_best)
+        return session.steps_done in self._best
 
     @heart.during("save")
     def _save(self, session: Session, values: dict[str, float], *, is_awaited: bool) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 from shoal.errors import RecipeError, ShoalError, StorageError
 from shoal.recipe import Objective
-from shoal.storage import Fence, Token, collect_orphans, discard, make_directories
+from shoal.storage import Fence, Token, collect_orphans, discard, discard_unread, make_directories
 from shoal.storage.background import BackgroundWriter, WriterLost
 from shoal.train.checkpoints import Snapshot, write_snapshot, write_staged
 from shoal.train.staging import Files, Staging
@@ -22,10 +22,10 @@ PATIENCE_S = 2.0
 logger = logging.getLogger(__name__)
 
 
-def plan_discard(steps: Iterable[int], *, keep: int, best: int | None) -> list[int]:
-    """Which checkpoints to delete: all but the newest ``keep`` and the best one."""
+def plan_discard(steps: Iterable[int], *, keep: int, best: Collection[int]) -> list[int]:
+    """Which checkpoints to delete: all but the newest ``keep`` and the best ones."""
     ordered = sorted(steps, reverse=True)
-    return [step for step in ordered[keep:] if step != best]
+    return [step for step in ordered[keep:] if step not in best]
 
 
 class CheckpointWriter:
@@ -40,6 +40,7 @@ class CheckpointWriter:
         parent: Path,
         *,
         keep: int,
+        keep_best: int,
         objective: Objective,
         token: Token,
         on_commit: Callable[[Snapshot, Path, int, float], None],
@@ -47,27 +48,24 @@ class CheckpointWriter:
     ) -> None:
         self._parent = parent
         self._keep = keep
+        self._keep_best = keep_best
         self._objective = objective
         self._token = token
         self._on_commit = on_commit
         self._on_failure = on_failure
         self._thread: threading.Thread | None = None
         self._failure: ShoalError | None = None
-        self._best: tuple[int, float] | None = None
         self._copied: Snapshot | None = None
         """The one that may still be copied."""
         self._background: BackgroundWriter | None = None
+        self._values: dict[int, float] = {}
+        """The objective at the committed checkpoints where it was measured."""
         make_directories(parent)
         collect_orphans(parent)
 
-    @property
-    def best_value(self) -> float | None:
-        """The objective at the best committed checkpoint, or None."""
-        return self._best[1] if self._best else None
-
-    def know_best(self, step: int, value: float) -> None:
-        """Tell of a best checkpoint that an earlier attempt committed."""
-        self._best = (step, value)
+    def know(self, values: Mapping[int, float]) -> None:
+        """Tell of the objective at checkpoints that are committed already, by step."""
+        self._values |= values
 
     def prepare(self, staging: Staging, files: Files) -> None:
         """Begin to make memory and process ready for snapshots of such a state, so that the first costs no more."""
@@ -152,8 +150,8 @@ class CheckpointWriter:
             snap.complete()
             path, size_bytes = self._commit(snap, is_awaited)
             value = snap.values.get(self._objective.metric)
-            if value is not None and self._objective.is_better(value, self.best_value):
-                self._best = (snap.step, value)
+            if value is not None:
+                self._values[snap.step] = value
             self._on_commit(snap, path, size_bytes, time.monotonic() - started)
             self._failure = None
             self.discard_old(snap.step)
@@ -174,6 +172,7 @@ class CheckpointWriter:
                 return write_staged(self._parent, snap, self._background)
             except WriterLost as lost:
                 logger.warning("step %d is written by the training process: %s", snap.step, lost)
+                self._token.check()  # somebody may have gone on from it
                 discard(snap.directory(self._parent))  # it may have died when all was done
         return write_snapshot(self._parent, snap)
 
@@ -192,7 +191,9 @@ class CheckpointWriter:
         succession = Fence(self._token.fence).succession()
         reached = [path for path in checkpoint_folders(self._parent) if step_of(path) <= newest]
         counting = {step_of(path) for path in reached if succession.counts(*position_of(path))}
-        dropped = plan_discard(counting, keep=self._keep, best=self._best[0] if self._best else None)
+        self._values = {step: value for step, value in self._values.items() if step in counting}
+        best = self._objective.best(self._values, self._keep_best)
+        dropped = plan_discard(counting, keep=self._keep, best=best)
         for path in reached:
             if step_of(path) in dropped or not succession.counts(*position_of(path)):
-                discard(path)
+                discard_unread(path)  # what somebody reads is left to the next time

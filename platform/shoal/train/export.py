@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from shoal.errors import NotFoundError
+from shoal.errors import CorruptError, NotFoundError
 from shoal.models import Lineage, load_tensors, write_package
-from shoal.storage import read_json, verify
+from shoal.storage import read_json, reading, verify
 from shoal.train.checkpoints import MODEL_FILE
 from shoal.train.run import Run
 from shoal.train.stamp import STATE_FILE, check_stamp
+
+_ATTEMPTS = 3
+"""At holding the best checkpoint of a run that trains."""
 
 
 def write_run_package(run: Run, directory: Path, *, model: str, version: int) -> None:
@@ -22,11 +26,27 @@ def write_run_package(run: Run, directory: Path, *, model: str, version: int) ->
         RecipeError: the recipe lives in a notebook, or no longer takes these weights.
         StorageError: the disk is full or not writable.
     """
+    with ExitStack() as held:
+        checkpoint = _hold_best(run, held)
+        check_stamp(checkpoint, verify(checkpoint), run.record.identity())
+        lineage = lineage_of(run, checkpoint)
+        weights = load_tensors(checkpoint / MODEL_FILE)
+        write_package(directory, weights, model=model, version=version, lineage=lineage)
+
+
+def _hold_best(run: Run, held: ExitStack) -> Path:
+    """The run's best checkpoint, which is not deleted while it is ``held``.
+
+    A run that trains on may have deleted what was the best a moment ago; then there is a better one.
+    """
+    for _ in range(_ATTEMPTS - 1):
+        checkpoint = run.best_checkpoint()
+        with suppress(CorruptError):
+            held.enter_context(reading(checkpoint))
+            return checkpoint
     checkpoint = run.best_checkpoint()
-    check_stamp(checkpoint, verify(checkpoint), run.record.identity())
-    lineage = lineage_of(run, checkpoint)
-    weights = load_tensors(checkpoint / MODEL_FILE)
-    write_package(directory, weights, model=model, version=version, lineage=lineage)
+    held.enter_context(reading(checkpoint))
+    return checkpoint
 
 
 def lineage_of(run: Run, checkpoint: Path) -> Lineage:

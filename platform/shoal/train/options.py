@@ -42,6 +42,7 @@ RULES = {
         "from 1 ms to 100 years: seconds, such as 30, or a text with a unit, such as '30s'",
     ),
     "keep": Rule(whole_number(1), "a whole number, 1 or more, such as 3"),
+    "keep_best": Rule(whole_number(1), "a whole number, 1 or more, such as 3"),
     "exact": Rule(lambda value: isinstance(value, bool), "True or False"),
     "shards": Rule(whole_number(1), "a whole number, 1 or more, such as 8; it goes with exact"),
     "on_nan": Rule(one_of(*get_args(OnNan)), "'fail', 'skip' or 'rollback'"),
@@ -71,6 +72,8 @@ class RunOptions:
     """The most work a crash can cost, in seconds or as ``"30s"``. None: the file's."""
     keep: int | None = None
     """Newest checkpoints to keep besides the best. None: the file's."""
+    keep_best: int | None = None
+    """Best checkpoints to keep, by the recipe's objective. None: the file's."""
     exact: bool | None = None
     """Whether the weights are to be the same bits on any number of workers. None: the file's."""
     shards: int | None = None
@@ -161,6 +164,7 @@ def plan_run(
         on_nan=config.train.on_nan if options.on_nan is None else options.on_nan,
         checkpoint_every_s=float(config.train.checkpoint_every if every is None else duration(every)),
         keep=config.train.keep if options.keep is None else options.keep,
+        keep_best=config.train.keep_best if options.keep_best is None else options.keep_best,
         init_from=None if init_from is None else init_from.path,
         init_from_name=init_name,
         revision=code_revision(project),

@@ -36,8 +36,8 @@ class Beginning:
     """The step of the checkpoint that was loaded; None when there was none."""
     unmeasured: Path | None = None
     """That checkpoint, if it knows of no validation values at its step, or the record does not."""
-    best: tuple[int, float] | None
-    """Step and objective of the best checkpoint that is there; None when none was measured."""
+    best: dict[int, float]
+    """Step and objective of the best checkpoints that are there, at most as many as are kept for that."""
     bad_steps: list[BadStep]
     """Steps that are left out."""
 
@@ -55,7 +55,7 @@ def restore(session: Session, spec: RunSpec, record: RunRecord, token: Token) ->
     group = session.group
     path: Path | None = None
     is_measured = False
-    best: tuple[int, float] | None = None
+    best: dict[int, float] = {}
     bad_steps: list[BadStep] = []
     if group.is_first:
 
@@ -143,10 +143,14 @@ def facts(spec: RunSpec, group: Group) -> dict[str, Any]:
     }
 
 
-def _best_recorded(spec: RunSpec, record: RunRecord) -> tuple[int, float] | None:
+def _best_recorded(spec: RunSpec, record: RunRecord) -> dict[int, float]:
     objective = spec.recipe.objective
-    best = record.best_checkpoint(objective)
-    return None if best is None else (int(best["step"]), float(best["values"][objective.metric]))
+    values = {
+        int(event["step"]): float(event["values"][objective.metric])
+        for event in record.checkpoints()
+        if objective.metric in event.get("values", {})
+    }
+    return objective.best(values, spec.keep_best)
 
 
 def _is_measured(record: RunRecord, checkpoint: Path) -> bool:

@@ -49,7 +49,9 @@ class RunSpec:
     checkpoint_at_eval: bool = False
     """Whether every evaluation is reported only when a checkpoint of that very step is committed."""
     keep: int = 3
-    """Newest checkpoints to keep; the best one is kept besides."""
+    """Newest checkpoints to keep."""
+    keep_best: int = 1
+    """Best checkpoints by the recipe's objective to keep besides."""
     init_from: Path | None = None
     """Folder of a model version whose weights a fresh run starts from."""
     init_from_name: str | None = None

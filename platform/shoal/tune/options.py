@@ -92,5 +92,6 @@ class SweepOptions:
             precision=self.precision,
             checkpoint_every=self.checkpoint_every,
             keep=1,
+            keep_best=1,
             exact=False,
         )
