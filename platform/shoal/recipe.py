@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import pkgutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -237,7 +238,7 @@ def _explain(cls: type[Recipe], err: ValidationError) -> str:
     for problem in err.errors():
         name = ".".join(map(str, problem["loc"]))
         if problem["type"] == "extra_forbidden":
-            lines.append(f"  {name}: no such field")
+            lines.append(f"  {name}: no such field" + did_you_mean(name, (f.name for f in fields(cls))))  # type: ignore[arg-type]
         else:
             lines.append(f"  {name}: {problem['msg']} (found {problem['input']!r})")
     return "\n".join([*lines, f"  fields: {known}"])
@@ -295,13 +296,25 @@ def _import(module_name: str) -> Any:
         if err.name is not None and (module_name == err.name or module_name.startswith(err.name + ".")):
             raise NotFoundError(
                 f"no module {module_name!r} on the path; run from the project's folder, "
-                "and give a dotted name such as jobs.digits"
+                f"and give a dotted name such as jobs.digits{_similar_module(module_name)}"
             ) from None
         raise _import_failure(module_name, err) from err
     except (ValueError, TypeError):
-        raise NotFoundError(f"{module_name!r} is not a module name; give one such as jobs.digits") from None
+        raise NotFoundError(
+            f"{module_name!r} is not a module name; give one such as jobs.digits{_similar_module(module_name)}"
+        ) from None
     except Exception as err:
         raise _import_failure(module_name, err) from err
+
+
+def _similar_module(name: str) -> str:
+    """A hint for a file's path (jobs/digits.py), and for a name like one of its neighbours'; empty for others."""
+    dotted = name.removesuffix(".py").replace("/", ".").strip(".")
+    if dotted != name:
+        return f"; did you mean {dotted}?"
+    package = name.rpartition(".")[0]
+    folders = getattr(sys.modules.get(package), "__path__", [])
+    return did_you_mean(name, [f"{package}.{module.name}" for module in pkgutil.iter_modules(folders)])
 
 
 def _import_failure(module_name: str, err: Exception) -> RecipeError:

@@ -50,6 +50,12 @@ def test_every_command_is_in_a_panel_and_shows_an_example() -> None:
         assert f"shoal {name}" in (found.help or "").partition("Examples:")[2], name  # type: ignore[attr-defined]
 
 
+def test_help_breaks_its_text_where_the_terminal_does() -> None:
+    for name, found in commands().items():
+        text = (found.help or "").partition("Examples:")[0]  # type: ignore[attr-defined]
+        assert all("\n" not in paragraph.strip() for paragraph in text.split("\n\n")), name
+
+
 @pytest.mark.parametrize("example", [e for e in EXAMPLES if e.startswith("shoal ")])
 def test_every_example_is_a_valid_command_line(example: str) -> None:
     _, name, *words = shlex.split(example)

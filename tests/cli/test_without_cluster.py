@@ -467,6 +467,12 @@ def test_a_dry_run_shows_the_recipes_own_error(project: Path, shoal: Shoal) -> N
     ("words", "hint"),
     [
         ("jobs.nope", "jobs.digits"),
+        ("jobs.digitz", "did you mean jobs.digits?"),
+        ("./jobs/digits.py", "did you mean jobs.digits?"),
+        ("jobs.digits lrr=1", "did you mean lr?"),
+        ("jobs.digits --batch-size=32", "batch_size=VALUE"),
+        ("jobs.digits --worker 2", "--workers"),
+        ("jobs.digits batch_size=0 --dry-run", "at least 1 sample"),
         ("jobs.digits:Nope", "Digits"),
         ("jobs.digits lr=fast", "lr"),
         ("jobs.digits lr", "field=value"),

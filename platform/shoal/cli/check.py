@@ -27,7 +27,7 @@ def add_to(app: typer.Typer) -> None:
 def check(
     path: Annotated[
         Path | None,
-        typer.Argument(metavar="[PATH]", help="The file to check; with --schema, the file to write."),
+        typer.Argument(metavar="PATH", help="The file to check; with --schema, the file to write."),
     ] = None,
     schema: Annotated[
         bool, typer.Option("--schema", help="Write the JSON Schema with which editors complete cluster.yaml.")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Container, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from typer.core import TyperCommand
+from typer.exceptions import TyperException
 
 from shoal.cli.failures import reported_failures
 from shoal.cli.project import load_recipe
@@ -47,10 +50,12 @@ def command(
     examples: Sequence[str],
     name: str | None = None,
     kept: bool = True,
+    cls: type[TyperCommand] = TyperCommand,
 ) -> Callable[[F], F]:
     """Add the decorated function to ``app``.
 
-    ``panel`` is the heading it is listed under. Examples are ``kept`` in `EXAMPLES`, each parsed by a test.
+    ``panel`` is the heading it is listed under. Examples are ``kept`` in `EXAMPLES`, each parsed by a test. ``cls``
+    reads the command line.
     """
 
     def add(function: F) -> F:
@@ -59,15 +64,30 @@ def command(
             with reported_failures():
                 return function(*args, **kwargs)
 
-        text = inspect.cleandoc(function.__doc__ or "")
-        # "\b" keeps the lines of a paragraph as they are.
+        # typer keeps the line ends of every paragraph but the first, and would break the text where the source does.
+        text = re.sub(r"(?<=\S)\n(?=\S)", " ", inspect.cleandoc(function.__doc__ or ""))
         shown = "\n".join(f"  {example}" for example in examples)
-        app.command(name=name, help=f"{text}\n\n\b\nExamples:\n{shown}", rich_help_panel=panel)(run)
+        app.command(name=name, cls=cls, help=f"{text}\n\nExamples:\n{shown}", rich_help_panel=panel)(run)
         if kept:
             EXAMPLES.extend(example.partition("  #")[0] for example in examples)
         return function
 
     return add
+
+
+class RecipeCommand(TyperCommand):
+    """A command with a recipe's fields among its words. Whoever types ``--lr 1e-3`` is told to write ``lr=1e-3``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except TyperException as err:
+            # No such option (its class is private). `--help` is what it offers when no option is near.
+            if hasattr(err, "possibilities") and set(err.possibilities or ()) <= {"--help"}:
+                field = str(err.option_name).lstrip("-").replace("-", "_")  # type: ignore[attr-defined]
+                err.message += f"; a field of the recipe is written without dashes: {field}=VALUE"
+                err.possibilities = None
+            raise
 
 
 def of_recipe(

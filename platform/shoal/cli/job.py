@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from shoal.cli.command import WORK, command, make_app, of_recipe
+from shoal.cli.command import WORK, RecipeCommand, command, make_app, of_recipe
 from shoal.cli.train import train
 from shoal.cli.tune import tune
 
@@ -55,8 +55,9 @@ def make_job_app(recipe: type[Recipe]) -> typer.Typer:
     )
     # A job that is submitted has a driver on the cluster already.
     own_train, own_tune = of_recipe(train, recipe, without={"detach"}), of_recipe(tune, recipe)
-    command(app, panel=WORK, examples=examples, kept=False)(own_train)
-    command(app, panel=WORK, examples=(f"{prefix} tune lr=log:1e-4..1e-1",), kept=False)(own_tune)
+    command(app, panel=WORK, examples=examples, kept=False, cls=RecipeCommand)(own_train)
+    searches = (f"{prefix} tune lr=log:1e-4..1e-1",)
+    command(app, panel=WORK, examples=searches, kept=False, cls=RecipeCommand)(own_tune)
     return app
 
 

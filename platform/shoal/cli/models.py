@@ -29,7 +29,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def models(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="List this model's versions.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="List this model's versions.")] = None,
 ) -> None:
     """List the registered models, or the versions of one."""
     cluster = connect()

@@ -15,12 +15,12 @@ Set = Annotated[
     typer.Option("--set", metavar="A.B=C", help="Override one value of cluster.yaml; repeat for more."),
 ]
 Fields = Annotated[
-    list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="The recipe's fields, such as lr=1e-3.")
+    list[str] | None, typer.Argument(metavar="FIELD=VALUE", help="The recipe's fields, such as lr=1e-3.")
 ]
 SpaceFields = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[FIELD=SPACE]...",
+        metavar="FIELD=SPACE",
         help="What to search: lr=log:1e-4..1e-1 by orders of magnitude, dropout=0.0..0.5 evenly, layers=1..4 "
         "whole numbers, hidden=64,128 one of these; wd=1e-2 is fixed.",
     ),

@@ -28,7 +28,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def runs(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this run closely.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Show this run closely.")] = None,
 ) -> None:
     """List the runs, the newest first; or show one: its identity, how far it is and what happened last."""
     from shoal.tracking import list_runs

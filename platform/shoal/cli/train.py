@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from shoal.cli import options as opt
-from shoal.cli.command import WORK, command, of_recipe
+from shoal.cli.command import WORK, RecipeCommand, command, of_recipe
 from shoal.cli.console import console, say
 from shoal.cli.interrupt import sigterm_interrupts
 from shoal.cli.project import connect
@@ -27,7 +27,7 @@ def add_to(app: typer.Typer) -> None:
         "shoal train jobs.digits --init-from digits@champion --detach",
         "shoal train jobs.digits batch_size=1024 --dry-run",
     )
-    command(app, panel=WORK, examples=examples)(of_recipe(train))
+    command(app, panel=WORK, examples=examples, cls=RecipeCommand)(of_recipe(train))
 
 
 def train(

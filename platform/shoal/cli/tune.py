@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from shoal.cli import options as opt
-from shoal.cli.command import WORK, command, of_recipe
+from shoal.cli.command import WORK, RecipeCommand, command, of_recipe
 from shoal.cli.console import console, say, show_facts
 from shoal.cli.interrupt import sigterm_interrupts
 from shoal.cli.project import connect
@@ -24,11 +24,11 @@ def add_to(app: typer.Typer) -> None:
     """Add ``shoal tune``."""
     examples = (
         "shoal tune jobs.digits lr=log:1e-4..1e-1",
-        "shoal tune jobs.digits lr=log:1e-4..1e-1 hidden=64,128 dropout=0.0..0.5 --trials 32 --concurrent 2",
+        "shoal tune jobs.digits lr=log:1e-4..1e-1 hidden=64,128 dropout=0.0..0.5 --trials 32",
         "shoal tune jobs.digits lr=log:1e-4..1e-1 --workers 2",
         "shoal tune jobs.digits lr=log:1e-4..1e-1 dropout=0.0..0.5 --scheduler pbt --trials 4",
     )
-    command(app, panel=WORK, examples=examples)(of_recipe(tune))
+    command(app, panel=WORK, examples=examples, cls=RecipeCommand)(of_recipe(tune))
 
 
 def tune(
