@@ -196,7 +196,7 @@ def say_what_next(story: Story) -> None:
     story.console.print(
         f"\nNext ({keep}):\n"
         "  .venv/bin/shoal serve serve_apps.digits:app --model digits@champion\n"
-        "  curl -F file=@.shoal/demo/000-is-*.png http://127.0.0.1:8000/predict\n"
+        "  curl -F file=@docs/seven.png http://127.0.0.1:8000/predict\n"
         "  .venv/bin/shoal runs        .venv/bin/shoal models        .venv/bin/shoal ui\n"
         "  edit jobs/digits.py, then:  .venv/bin/shoal train jobs.digits lr=2e-3 --workers 1..2",
         markup=False,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.progress import Progress
 
 from shoal.config import Range
 from shoal.errors import EnvironmentFailure
@@ -124,6 +126,16 @@ def test_a_resize_shows_where_it_was_committed_and_how_many_go_on(
         "step 720/2,000  loss 0.25  1 worker",
         "step 721/2,000  loss 0.25  1 worker",
     ]
+
+
+def test_the_time_that_is_left_is_whole_on_100_columns() -> None:
+    shown = Progress(*progress._columns())
+    detail = "loss 0.05652  val accuracy 0.9667  9,046 samples/s  2 workers"
+    shown.add_task("demo-1129-023222", total=3000, completed=2415, count="2,415/3,000", detail=detail)
+    console = Console(width=100, color_system=None)
+    with console.capture() as captured:
+        console.print(shown.get_renderable())
+    assert captured.get().split()[-3:] == ["2", "workers", "--:--"]
 
 
 def hang(record: RunRecord) -> None:

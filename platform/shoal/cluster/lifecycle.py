@@ -75,7 +75,7 @@ def up_plan(
             say(f"cluster {running.name!r} is already up: {running.dashboard_url}")
             return running
         for note in notes:
-            say(note)
+            say(f"note: {note}")
         Storage(plan.storage).check()
         _check_serve_port(plan)
         marker = state_dir(plan.project) / STARTING_NAME

@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from shoal.tracking import RunRecord
 from shoal.tracking.journal import TROUBLE
 from shoal.train.stall import stall_text
+
+if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
 
 PLAIN_INTERVAL_S = 5.0
 """Seconds between lines where there is no terminal."""
@@ -58,16 +61,9 @@ def reporter(
         yield plain
         plain.update(force=True)
         return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress
 
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.fields[count]}"),
-        TextColumn("{task.fields[detail]}"),
-        TimeRemainingColumn(compact=True),
-    )
-    progress = Progress(*columns, console=console, transient=True, refresh_per_second=8)
+    progress = Progress(*_columns(), console=console, transient=True, refresh_per_second=8)
     task = progress.add_task(record.name, total=None, count="", detail=feed.detail())
     try:
         progress.start()  # in here: rich leaves the display on when Ctrl-C comes while it starts
@@ -75,6 +71,20 @@ def reporter(
     finally:
         progress.stop()
         console.print(last_line(), markup=False, highlight=False, soft_wrap=True)
+
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    """What the bar's line holds. Where it is too long, the bar alone gets shorter."""
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.table import Column
+
+    return (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[count]}"),
+        TextColumn("{task.fields[detail]}"),
+        TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+    )
 
 
 class _Feed:
