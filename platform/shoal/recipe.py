@@ -190,7 +190,11 @@ def _validated(cls: type[Recipe], values: dict[str, Any]) -> dict[str, Any]:
     except ValidationError as err:
         raise RecipeError(_explain(cls, err)) from None
     found = {name: getattr(model, name) for name in type(model).model_fields}
-    if found["eval_every"] < 1:  # here, since a subclass may declare it anew
+    if found["batch_size"] < 1:  # here, since a subclass may declare it anew; the same below
+        raise RecipeError(
+            f"{cls.__name__}: batch_size is a number of samples, 1 or more (found {found['batch_size']})"
+        )
+    if found["eval_every"] < 1:
         raise RecipeError(
             f"{cls.__name__}: eval_every is a number of steps, 1 or more (found {found['eval_every']}). To look at "
             f"the validation data at the end only, make it as large as the run's steps"

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.capacity import Holding, NodeFree, Snapshot, ceiling, grant
+from shoal.capacity.policy import describe
 from shoal.config import Range
 from shoal.errors import RequestError
 
@@ -110,3 +111,8 @@ def test_the_impossible_names_numbers_and_who_holds_what() -> None:
     message = str(caught.value)
     for part in ("9 workers", "1 CPU each", "4 CPU on 1 node", "1 of 4 CPU", "2 x Replica (1.5 CPU each)"):
         assert part in message
+
+
+def test_nobody_holds_what_is_free_and_nothing_is_said_of_holders_that_are_not_known() -> None:
+    assert describe(one_node(total=4, free=4), {"CPU": 1}) == "free: 4 of 4 CPU; held by: nobody"
+    assert describe(one_node(total=4, free=3), {"CPU": 1}) == "free: 3 of 4 CPU"

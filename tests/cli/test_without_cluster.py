@@ -156,7 +156,10 @@ def test_runs_are_listed_newest_first(project: Path, shoal: Shoal) -> None:
     for age, name in enumerate("cbda"):
         os.utime(write_run(project, name).dir / "identity.json", (1000 - age, 1000 - age))
     assert [line.split()[0] for line in shoal("runs").out.splitlines()] == ["run", *"cbda"]
-    assert "there are: c, b, d, a" in shoal("runs", "nobody").err
+    assert "there are: c, b, d, a\n" in shoal("runs", "nobody").err
+    for number in range(6):
+        write_run(project, f"e{number}")
+    assert " and 2 more\n" in shoal("runs", "nobody").err
 
 
 def test_status_says_how_much_tracking_waits() -> None:
@@ -472,7 +475,7 @@ def test_a_dry_run_shows_the_recipes_own_error(project: Path, shoal: Shoal) -> N
         ("jobs.digits lrr=1", "did you mean lr?"),
         ("jobs.digits --batch-size=32", "batch_size=VALUE"),
         ("jobs.digits --worker 2", "--workers"),
-        ("jobs.digits batch_size=0 --dry-run", "at least 1 sample"),
+        ("jobs.digits batch_size=0", "batch_size is a number of samples, 1 or more"),
         ("jobs.digits:Nope", "Digits"),
         ("jobs.digits lr=fast", "lr"),
         ("jobs.digits lr", "field=value"),

@@ -92,8 +92,11 @@ def describe(snapshot: Snapshot, per_worker: Resources) -> str:
     names = [name for name, amount in per_worker.items() if amount > 0] or ["CPU"]
     free = ", ".join(f"{available.get(name, 0.0):g} of {total.get(name, 0.0):g} {name}" for name in names)
     relevant = [holding for holding in snapshot.held if any(map(holding.resources.get, names))]
-    held = "; ".join(map(str, relevant)) or "nobody"
-    return f"free: {free}; held by: {held}"
+    if relevant:
+        return f"free: {free}; held by: {'; '.join(map(str, relevant))}"
+    # Holders are asked for only when they matter, and Ray may not know them: then nothing is said of them.
+    is_all_free = all(available.get(name, 0.0) >= total.get(name, 0.0) for name in names)
+    return f"free: {free}" + ("; held by: nobody" if is_all_free else "")
 
 
 def _fits(amounts: Resources, per_worker: Resources) -> float:

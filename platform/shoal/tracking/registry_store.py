@@ -126,7 +126,7 @@ class RegistryStore:
             names = [known.model for known in self.models()]
             raise NotFoundError(
                 f"no model {model!r}{did_you_mean(model, names)} (models: {_listed(names)}). "
-                "Make one from a run with cluster.models.register(...)"
+                f"Make one from a run: cluster.models.register({model!r}, run), or: shoal register {model} RUN"
             )
         with store.translated():
             aliases = store.client.get_registered_model(model).aliases

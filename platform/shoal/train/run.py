@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 POLL_S = 0.1
 """How often a wait looks at the record."""
 
+_MAX_NAMED = 8
+"""Runs that a message names: the newest."""
+
 
 class Driver(Protocol):
     """Whoever keeps the run's workers alive; lives in the process that started the run."""
@@ -310,6 +313,8 @@ def find_run(storage: Storage, name: str) -> Run:
     record = RunRecord(storage, name)
     if record.identity() is None:
         known = [other.name for other in list_runs(storage)]
-        there = ", ".join(known[:8]) or "none yet"
+        there = ", ".join(known[:_MAX_NAMED]) or "none yet"
+        if len(known) > _MAX_NAMED:
+            there += f" and {len(known) - _MAX_NAMED} more"
         raise NotFoundError(f"there is no run {name!r}; there are: {there}{did_you_mean(name, known)}")
     return Run(record)

@@ -112,8 +112,6 @@ class Session:
             )
         num_train = _length(data.train, "train")
         _length(data.val, "val")
-        if recipe.batch_size < 1:
-            raise RecipeError(f"batch_size={recipe.batch_size}: a batch has at least 1 sample")
         if recipe.batch_size < group.size:
             raise RecipeError(
                 f"batch_size={recipe.batch_size} cannot be divided among {group.size} workers; "
