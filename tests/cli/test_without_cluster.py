@@ -16,7 +16,7 @@ import pytest
 from command_line import Shoal
 from rich.text import Text
 
-from shoal.cli.runs import show_result
+from shoal.cli.runs import model_name, show_result
 from shoal.config import Range
 from shoal.errors import ClusterError, NotFoundError, TrackingError
 from shoal.storage import FileLock, Storage
@@ -160,6 +160,12 @@ def test_runs_are_listed_newest_first(project: Path, shoal: Shoal) -> None:
     for number in range(6):
         write_run(project, f"e{number}")
     assert " and 2 more\n" in shoal("runs", "nobody").err
+
+
+def test_a_model_is_called_as_the_app_of_a_new_project_expects() -> None:
+    assert model_name("jobs.my_task:MyTask") == "my_task"
+    assert model_name("jobs.digits:Digits") == "digits"
+    assert model_name("jobs.vision:Small") == "small"
 
 
 def test_status_says_how_much_tracking_waits() -> None:

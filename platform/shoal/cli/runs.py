@@ -150,8 +150,19 @@ def _next_text(run: Run) -> str:
     if str(run.state) != "finished":
         return where_it_goes_on(run.record)
     identity = run.record.identity() or {}
-    model = str(identity.get("recipe", "")).rpartition(":")[2].lower() or "NAME"
+    model = model_name(str(identity.get("recipe", ""))) or "NAME"
     return f"shoal register {model} {run.name} --alias champion"
+
+
+def model_name(recipe: str) -> str:
+    """What a model of the recipe ``jobs.my_task:MyTask`` is called by itself: ``my_task``, as `shoal init` writes it.
+
+    The class's name in small letters where the module is not called like it.
+    """
+    module, _, class_name = recipe.rpartition(":")
+    name = class_name.lower()
+    last = module.rpartition(".")[2]
+    return last if last.replace("_", "") == name else name
 
 
 def _workers_text(record: RunRecord) -> str:

@@ -13,6 +13,7 @@ from shoal.cli.command import WORK, RecipeCommand, command, of_recipe
 from shoal.cli.console import console, say, show_facts
 from shoal.cli.interrupt import sigterm_interrupts
 from shoal.cli.project import connect
+from shoal.cli.runs import model_name
 from shoal.errors import NotFoundError
 from shoal.recipe import Recipe
 
@@ -73,7 +74,7 @@ def tune_and_wait(cls: type[Recipe], words: Sequence[str], options: SweepOptions
         RequestError: no cluster runs, or the search is impossible as asked.
         RecipeError, EnvironmentFailure: as `Sweep.wait`.
     """
-    from shoal.recipe import from_fields
+    from shoal.recipe import from_fields, recipe_ref
     from shoal.tune import check_space, parse_space
 
     fixed, space = parse_space(words)
@@ -89,7 +90,7 @@ def tune_and_wait(cls: type[Recipe], words: Sequence[str], options: SweepOptions
             if not console().is_terminal:  # there the table ended in a line that says as much
                 show_best(sweep, then="the same command goes on with the sweep")
             raise
-    show_best(sweep, then=f"shoal register {cls.__name__.lower()} {sweep.name} --alias champion")
+    show_best(sweep, then=f"shoal register {model_name(recipe_ref(cls))} {sweep.name} --alias champion")
 
 
 def show_best(sweep: Sweep, *, then: str) -> None:
