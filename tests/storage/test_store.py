@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,26 +12,9 @@ from pathlib import Path
 import pytest
 from storage_faults import dying_disk, failing_disk, in_child, num_steps
 
-from shoal.errors import CorruptError, NotFoundError, StorageError, SupersededError
-from shoal.storage import DiskStore, Fence, Store, Succession
-
-MakeStore = Callable[[str], Store]
-"""An empty store of that name."""
-
-
-@pytest.fixture(params=["disk"])
-def make_store(request: pytest.FixtureRequest) -> MakeStore:
-    return request.getfixturevalue(f"{request.param}_store")  # type: ignore[no-any-return]
-
-
-@pytest.fixture
-def disk_store(tmp_path: Path) -> MakeStore:
-    return lambda name: DiskStore(tmp_path / "stores" / name)
-
-
-@pytest.fixture
-def store(make_store: MakeStore) -> Store:
-    return make_store("store")
+from shoal.errors import CorruptError, NotFoundError, RequestError, StorageError, SupersededError
+from shoal.storage import DiskStore, Fence, Store, Succession, open_store, s3
+from shoal.storage.s3 import S3Store
 
 
 def test_what_was_written_is_read(store: Store) -> None:
@@ -82,7 +66,7 @@ def test_of_many_that_create_at_once_one_does(store: Store) -> None:
     assert made == [store.read("token")]
 
 
-def test_keys_are_listed_by_prefix_in_order(store: Store, make_store: MakeStore) -> None:
+def test_keys_are_listed_by_prefix_in_order(store: Store, make_store: Callable[[str], Store]) -> None:
     keys = ["b/2", "b/1", "b", "ba", "a/b/c", "b.d/1"]
     for key in keys:
         if key != "b":  # a folder and a file of one name cannot be
@@ -105,7 +89,7 @@ def test_files_go_in_and_out(store: Store, tmp_path: Path) -> None:
     store.put_file("big/file", tmp_path / "in")
 
 
-def test_a_fence_holds(make_store: MakeStore) -> None:
+def test_a_fence_holds(make_store: Callable[[str], Store]) -> None:
     fence = Fence(make_store("fence"))
     old = fence.take()
     old.begin({0: 10})
@@ -119,6 +103,15 @@ def test_a_fence_holds(make_store: MakeStore) -> None:
     new.check()
     assert fence.succession() == Succession(2, {0: 10, 1: 20})
     assert fence.store.list() == ["000002.json"]
+
+
+def test_many_keys_are_listed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than one page of what a server lists at once."""
+    if isinstance(store, S3Store):
+        monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "10")
+    for number in range(25):
+        store.put(f"{number:03d}", b"")
+    assert store.list() == [f"{number:03d}" for number in range(25)]
 
 
 # --- what only a disk can do ----------------------------------------------------------------------------------
@@ -167,3 +160,48 @@ def test_on_a_disk_nothing_but_plain_files_is_read(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "secret")
     with pytest.raises(CorruptError, match="a link"):
         store.read("link")
+
+
+# --- what only S3 can do --------------------------------------------------------------------------------------
+
+
+def test_a_bucket_is_named_by_its_url(tmp_path: Path) -> None:
+    assert open_store("s3://models") == S3Store("models")
+    assert open_store("s3://models/team/a/") == S3Store("models", "team/a/")
+    assert open_store(tmp_path) == open_store(str(tmp_path)) == DiskStore(tmp_path)
+    for wrong in ("s3://", "s3:///a"):
+        with pytest.raises(RequestError, match="s3://bucket/prefix"):
+            open_store(wrong)
+    with pytest.raises(RequestError, match="gs://models: storage is a folder, or s3://bucket/prefix"):
+        open_store("gs://models")
+
+
+def test_without_boto3_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    with pytest.raises(StorageError, match=r'pip install "shoal\[s3\]"'):
+        open_store("s3://models")
+
+
+def test_what_a_bucket_answers_is_said(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        StorageError, match=r"cannot write s3://nobody-made-this/a: .*NoSuchBucket.*check the bucket"
+    ):
+        S3Store("nobody-made-this", endpoint_url=s3_url).put("a", b"")
+    monkeypatch.setattr(s3, "MAX_ATTEMPTS", 1)
+    gone = S3Store("bucket", endpoint_url="http://127.0.0.1:9")
+    with pytest.raises(StorageError, match="cannot list s3://bucket/: Could not connect"):
+        gone.list()
+
+
+def test_an_answer_that_was_lost_costs_no_token(s3_store: Callable[[str], Store]) -> None:
+    """The request arrived, its answer did not; boto3 sends it again, and the server says that it is taken."""
+    store = s3_store("store")
+
+    class Repeating(S3Store):
+        def _put(self, key: str, content: bytes, **condition: str) -> None:
+            super()._put(key, content, **condition)
+            super()._put(key, content, **condition)
+
+    assert isinstance(store, S3Store)
+    assert Repeating(store.bucket, store.prefix, store.endpoint_url).create("a", b"mine")
+    assert not Repeating(store.bucket, store.prefix, store.endpoint_url).create("a", b"another")

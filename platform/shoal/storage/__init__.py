@@ -22,9 +22,10 @@ from shoal.storage.identity import claim, differences
 from shoal.storage.journal import MAX_LINE_BYTES, append_line, read_lines
 from shoal.storage.layout import MIN_FREE_BYTES, Storage, check_name, is_name
 from shoal.storage.lock import FileLock
+from shoal.storage.objects import pull, push, pushed
 from shoal.storage.reading import discard_unread, reading
 from shoal.storage.stop import StopMark
-from shoal.storage.store import DiskStore, Store
+from shoal.storage.store import DiskStore, Store, open_store
 
 __all__ = [
     "MANIFEST",
@@ -56,6 +57,10 @@ __all__ = [
     "make_directories",
     "newest_verified",
     "open_plain",
+    "open_store",
+    "pull",
+    "push",
+    "pushed",
     "read_json",
     "read_lines",
     "reading",

@@ -130,14 +130,32 @@ def copy_committed(source: Path, directory: Path, *, disk: Disk = LOCAL_DISK) ->
     except OSError as error:
         raise _unreadable(source, error) from error
 
-    def write(folder: Path) -> None:
+    def fetch(path: str, target: Path) -> None:
         try:
-            for path in manifest.files:
-                make_directories((folder / path).parent)
-                shutil.copyfile(source / path, folder / path, follow_symlinks=False)
-            _compare(folder, manifest)
+            shutil.copyfile(source / path, target, follow_symlinks=False)
         except FileNotFoundError as error:
             raise CorruptError(f"{source} was discarded while it was copied") from error
+
+    return commit_copy(manifest, fetch, directory, disk=disk)
+
+
+def commit_copy(
+    manifest: Manifest, fetch: Callable[[str, Path], None], directory: Path, *, disk: Disk = LOCAL_DISK
+) -> Manifest:
+    """Commit as ``directory`` the files of ``manifest``, which ``fetch(path, target)`` brings.
+
+    Every byte is compared with the manifest before the copy gets its name.
+
+    Raises:
+        CorruptError: it is not what the manifest says; nothing is left at ``directory``.
+        StorageError: as `commit`.
+    """
+
+    def write(folder: Path) -> None:
+        for path in manifest.files:
+            make_directories((folder / path).parent)
+            fetch(path, folder / path)
+        _compare(folder, manifest)
 
     return commit(directory, write, meta=manifest.meta, disk=disk)
 

@@ -1,4 +1,4 @@
-"""What the fence needs of a storage, whatever it is: a few verbs on whole objects.
+"""What the protocols need of a storage, be it a disk or a bucket: a few verbs on whole objects.
 
 One contract test holds for every backend (`tests/storage/test_store.py`). Keys are relative paths with ``/``.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from shoal.errors import NotFoundError
+from shoal.errors import NotFoundError, RequestError
 from shoal.storage.disk import LOCAL_DISK, Disk, make_directories, read_plain, remove_quietly, storage_error
 from shoal.storage.owner import temporary_path
 
@@ -172,3 +172,19 @@ def _is_temporary(key: str) -> bool:
 def no_object(where: object) -> NotFoundError:
     """The error for an object that is not there."""
     return NotFoundError(f"{where} does not exist")
+
+
+def open_store(place: str | Path) -> Store:
+    """The store at ``s3://bucket/prefix``, or in a folder.
+
+    Raises:
+        RequestError: neither.
+        StorageError: what S3 needs is not installed.
+    """
+    if isinstance(place, str) and place.startswith("s3://"):
+        from shoal.storage.s3 import S3Store
+
+        return S3Store.at(place)
+    if isinstance(place, str) and "://" in place:
+        raise RequestError(f"{place}: storage is a folder, or s3://bucket/prefix")
+    return DiskStore(Path(place))
