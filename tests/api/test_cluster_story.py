@@ -18,7 +18,7 @@ from committed import folder_of
 from projects import ROOT
 from shoal import api
 from shoal.errors import CorruptError, IdentityError, NotFoundError, RecipeError, RequestError
-from shoal.tracking import RunRecord, RunState, ensure_tracker
+from shoal.tracking import RunRecord, RunState, ensure_tracker, timeline_of
 from shoal.train.checkpoints import read_checkpoint
 from waiting import wait_until
 
@@ -67,6 +67,11 @@ def test_a_worker_that_is_killed_costs_neither_a_step_nor_a_bit(
     assert run.state == RunState.FINISHED
     assert len(starts) == 2
     assert starts[1]["step"] >= reached, "the other worker commits the boundary that both had reached"
+    timeline = timeline_of(run.record.events())
+    lost = [moment.detail for moment in timeline.moments if moment.kind == "lost"]
+    assert lost == [f"rank 0 (pid {starts[0]['pids'][0]})"]
+    assert (len(timeline.recoveries_s), timeline.steps_lost) == (1, 0)
+    assert [event["workers"] for event in run.record.events(("driver", "grant"))] == ["2", 2]
     assert_same_weights(run, trained)
 
 

@@ -22,7 +22,7 @@ from shoal.errors import CorruptError, PeerLost, RecipeError, StorageError, Supe
 from shoal.recipe import maximize
 from shoal.storage import MANIFEST, Storage, commit, reading, verify
 from shoal.storage.owner import Owner
-from shoal.tracking import RunRecord, RunState
+from shoal.tracking import Doing, RunRecord, RunState, timeline_of
 from shoal.train import boundary, cadence, checkpoint_writer, checkpoints
 from shoal.train.driver import prepare
 from shoal.train.engine import train_worker
@@ -63,6 +63,12 @@ def test_a_run_records_what_happened_and_learns(tmp_path: Path) -> None:
     assert frame["val_accuracy"].dropna().iloc[-1] > 0.8
     assert {"loss", "samples_per_s", "lr", "val_loss"} <= set(frame.columns)
     assert [event["kind"] for event in record.events(("start", "end"))] == ["start", "end"]
+    assert [event["step"] for event in record.events(("first_step",))] == [1]
+    assert all(event["seconds"] > 0 for event in record.events(("eval",)))
+    assert all(event["pause_s"] > 0 for event in record.events(("checkpoint",)))
+    timeline = timeline_of(record.events())
+    assert timeline.useful_s < timeline.wall_s - timeline.seconds[Doing.EVALUATING]
+    assert timeline.steps_lost == 0
 
 
 class Declining(Toy):

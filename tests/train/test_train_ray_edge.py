@@ -273,6 +273,26 @@ def test_a_hang_that_cannot_be_recorded_is_ended_all_the_same(
     assert "the disk is full" in caplog.text
 
 
+def test_who_died_is_told_once_and_survivors_and_those_with_an_error_of_their_own_are_not() -> None:
+    from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
+
+    from shoal.train.pulse import Pulse
+    from shoal.train.ray_edge import _lost_in
+    from shoal.train.ray_watch import Watch
+
+    reports: list[Any] = []
+    watch = Watch(None, lambda: True, reports.append)
+    alive = WorkerStatus(running=True)
+    alive.pulse = Pulse("step", 40, 0.0, True, 0.002, 0)
+    watch.look([alive, alive, alive])
+    watch.tell_of({})
+    raised = WorkerStatus(running=False, error=RecipeError("a bad shape"))
+    gone = WorkerStatus(running=False, error=dead())
+    watch.tell_of(_lost_in(WorkerGroupPollStatus(worker_statuses={0: alive, 1: gone, 2: raised})))
+    (report,) = reports
+    assert (report.ranks, report.step) == ([1], 40)
+
+
 def test_without_a_restart_left_nothing_is_killed(killed: list[str]) -> None:
     reports: list[Any] = []
     watch_a_silent_rank(reports.append, has_restart=False)

@@ -8,17 +8,22 @@ from shoal.tracking.journal import Event, JournalSummary, RunState
 from shoal.tracking.record import RunRecord, being_trained, list_runs, read_identity
 from shoal.tracking.registry import RegisteredModel, Registry, ResolvedModel, parse_spec
 from shoal.tracking.resizing import Resizing, Wish
+from shoal.tracking.timeline import Doing, Moment, Span, Timeline, timeline_of
 from shoal.tracking.tracker import Tracker, TrackerStatus
 
 __all__ = [
+    "Doing",
     "Event",
     "JournalSummary",
+    "Moment",
     "RegisteredModel",
     "Registry",
     "Resizing",
     "ResolvedModel",
     "RunRecord",
     "RunState",
+    "Span",
+    "Timeline",
     "Tracker",
     "TrackerClient",
     "TrackerStatus",
@@ -29,4 +34,5 @@ __all__ = [
     "open_registry",
     "parse_spec",
     "read_identity",
+    "timeline_of",
 ]

@@ -25,7 +25,11 @@ Event = dict[str, Any]
 
 TROUBLE = frozenset({"warning", "bad_step"})
 """What somebody should read, in the line's ``message``."""
-KINDS = TROUBLE | {"start", "metrics", "eval", "checkpoint", "rejected", "stall", "resize", "end"}
+TIMES = frozenset({"driver", "grant", "first_step", "lost"})
+"""What only a timeline needs."""
+KINDS = (
+    TROUBLE | TIMES | {"start", "metrics", "eval", "checkpoint", "rejected", "stall", "resize", "end"}
+)
 _MAX_TEXT = 40_000
 """Characters of a text; a line has at most a megabyte, and a character takes up to 12 bytes of JSON."""
 END_STATES = frozenset({"finished", "stopped", "failed"})

@@ -18,6 +18,7 @@ from shoal.errors import (
     InternalError,
     RequestError,
     ShoalError,
+    StorageError,
 )
 from shoal.recipe import Objective
 from shoal.storage import (
@@ -175,6 +176,18 @@ class RunRecord:
         attempt = max(1, self._catch_up().attempt + (kind == "start"))
         line = encode(kind, t=self._clock(), attempt=attempt, fields=fields)
         append_line(self.journal_path, line)
+
+    def note(self, kind: str, **fields: Any) -> None:
+        """The same as `append` for a line that only tells a person when something happened: a full disk costs no
+        more than the line, with a warning in the log.
+
+        Raises:
+            InternalError: not a line that the journal knows.
+        """
+        try:
+            self.append(kind, **fields)
+        except StorageError:
+            logger.warning("run %s: its record lacks a line %r", self.name, kind, exc_info=True)
 
     def append_end(
         self,

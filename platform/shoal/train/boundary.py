@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from shoal.errors import RecipeError, ShoalError, StorageError, SupersededError
 from shoal.recipe import Recipe
@@ -21,6 +23,9 @@ from shoal.train.session import Session
 from shoal.train.spec import EvalListener, RunSpec, digest_of
 from shoal.train.staging import Staging
 from shoal.train.stamp import checkpoint_at
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
 
 WRITE_SLICE_S = 5.0
 """How long rank 0 waits for a checkpoint to be written before it tells its peers that it still does."""
@@ -48,6 +53,7 @@ class RunBoundary:
         self._leaves_for: int | None = None
         """What is on its way, on rank 0: this attempt is over."""
         self._cannot_leave = False
+        self._has_stepped = False
         self._run = digest_of(record.identity())
         self._bad_steps = BadSteps(record.dir)
         self._writer = (
@@ -123,6 +129,10 @@ class RunBoundary:
     def after_step(self, session: Session, wishes: Wishes) -> bool:
         is_last = session.steps_done >= self._spec.target_steps
         is_end = is_last or wishes.stop
+        if not self._has_stepped:
+            self._has_stepped = True
+            if self._group.is_first:
+                self._record.note("first_step", step=session.steps_done)
         self._write_metrics(session, force=is_end or wishes.resize)
         values: dict[str, float] = {}
         if self._is_look_due(session):
@@ -171,9 +181,7 @@ class RunBoundary:
     def finish(self, session: Session) -> None:
         """Write what is left and the attempt's last line."""
         if session.steps_done >= self._spec.target_steps and session.data.test is not None:
-            test = session.evaluate(session.data.test)
-            if self._group.is_first:
-                self._record.append("eval", step=session.steps_done, split="test", values=test)
+            self._measure(session, "test", session.data.test)
         if session.steps_done != self._saved_step:
             self._save(session, {}, is_awaited=True)  # a loop of the user's own that left early
         self._wait_written()
@@ -224,13 +232,22 @@ class RunBoundary:
         return step >= self._spec.target_steps or step % self._spec.recipe.eval_every == 0
 
     def _evaluate(self, session: Session) -> dict[str, float]:
-        values = session.evaluate(session.data.val)
+        values = self._measure(session, "val", session.data.val)
         if self._objective.metric not in values:
             raise RecipeError(
                 f"the objective is the {self._objective}, but metrics() gave {', '.join(sorted(values))}"
             )
+        return values
+
+    def _measure(self, session: Session, split: str, dataset: Dataset[Any]) -> dict[str, float]:
+        """Mean loss and metrics over a data set, recorded. Blocks; the same on every rank."""
+        began = time.monotonic()
+        values = session.evaluate(dataset)
         if self._group.is_first:
-            self._record.append("eval", step=session.steps_done, split="val", values=values)
+            seconds = time.monotonic() - began
+            self._record.append(
+                "eval", step=session.steps_done, split=split, values=values, seconds=round(seconds, 6)
+            )
         return values
 
     def _is_among_best(self, session: Session, values: dict[str, float]) -> bool:
@@ -246,9 +263,12 @@ class RunBoundary:
         if session.steps_done == self._saved_step:
             return
         self._saved_step = session.steps_done
+        began = time.monotonic()
         self._wait_written()
         if self._writer is not None:
-            self._writer.submit(self._snapshot(session, values), is_awaited=is_awaited)
+            snap = self._snapshot(session, values)
+            snap.pause_s = time.monotonic() - began
+            self._writer.submit(snap, is_awaited=is_awaited)
             self._cadence.checkpoint_taken()
 
     def _snapshot(self, session: Session, values: dict[str, float]) -> Snapshot:
@@ -305,6 +325,7 @@ class RunBoundary:
             path=str(path.relative_to(self._record.dir)),
             size_bytes=size_bytes,
             seconds=seconds,
+            pause_s=round(snap.pause_s, 6),
             values=snap.values,
         )
 

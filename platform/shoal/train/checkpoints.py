@@ -57,6 +57,8 @@ class Snapshot:
     """Names of the parameters in ``model``."""
     staged: Staged | None = None
     """How it lies in shared memory; None when it has memory of its own."""
+    pause_s: float = 0.0
+    """How long training stood still for it."""
 
     def complete(self) -> None:
         """Have the copy finished and looked at. For the thread that writes it.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from shoal.errors import DeadlineExceeded, SupersededError
 from shoal.storage import FileLock, make_directories
 from shoal.tracking import RunRecord, RunState, Wish, being_trained
 from shoal.train.elastic import Elastic, looking
+from shoal.train.loss import record_loss
 from shoal.train.run import Run
 from shoal.train.spec import RunSpec
 from shoal.train.stall import record_stall
@@ -138,6 +141,9 @@ class WorkersDriver:
                 self._elastic.begin()
             else:
                 self._record.resizing.begin(None)
+            self._record.note(
+                "driver", workers=str(self._workers), host=socket.gethostname(), pid=os.getpid()
+            )
         except BaseException:
             self._driving.release()
             raise
@@ -208,6 +214,8 @@ class WorkersDriver:
             storage_path=_ray_folder(self._spec),
             placement_group=self._placement_group,
             on_stall=partial(record_stall, self._record),
+            on_loss=partial(record_loss, self._record),
+            on_grant=self._granted,
         )
         with self._lock:
             self._group = group
@@ -237,6 +245,9 @@ class WorkersDriver:
         is_over = self._record.summary().ended is not None
         if (was_stopped or elastic.is_between()) and not (is_over or self._aborted):
             self._record.append_end(RunState.STOPPED, step=self._record.step)
+
+    def _granted(self, num_workers: int, seconds: float) -> None:
+        self._record.note("grant", workers=num_workers, seconds=round(seconds, 6))
 
     def _wanted(self) -> Range:
         return self._workers if self._elastic is None else self._elastic.wanted()

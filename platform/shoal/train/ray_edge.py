@@ -53,6 +53,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 
 from shoal.capacity import Resources
 from shoal.errors import PeerLost, ShoalError
+from shoal.train.loss import OnLoss
 from shoal.train.pulse import heart
 from shoal.train.ray_watch import Watch
 from shoal.train.rendezvous import Place, Rendezvous, places, run_in_generations, take_seat
@@ -179,6 +180,7 @@ class _Group(WorkerGroup):  # type: ignore[misc]  # Ray has no types
         status = super().poll_status(timeout)
         if any(not each.running and each.error is None for each in status.worker_statuses.values()):
             self._end_with_those_that_returned(status)
+        self.watch.tell_of(_lost_in(status))
         self.watch.act(self.get_workers())
         return status
 
@@ -237,6 +239,18 @@ class _Group(WorkerGroup):  # type: ignore[misc]  # Ray has no types
         )
 
 
+def _lost_in(status: WorkerGroupPollStatus) -> dict[int, Exception]:
+    """Which workers died or have lost all others, and why; their group fails by it."""
+    errors = {
+        rank: getattr(each.error, "_base_exc", each.error) for rank, each in status.worker_statuses.items()
+    }
+    return {
+        rank: error
+        for rank, error in errors.items()
+        if isinstance(error, PeerLost | WorkerHealthCheckFailedError | WorkerHealthCheckTimeoutError)
+    }
+
+
 class _Lent(DefaultPlacementGroupHandle):  # type: ignore[misc]
     """Somebody else's placement group: it is there already, and there when the workers start again."""
 
@@ -262,14 +276,20 @@ class _Controller(TrainController):  # type: ignore[misc]
     worker_group_cls = _Group
 
     def __init__(
-        self, *, environment: Mapping[str, str], room: _Room, on_stall: OnStall | None, **kwargs: Any
+        self,
+        *,
+        environment: Mapping[str, str],
+        room: _Room,
+        on_stall: OnStall | None,
+        on_loss: OnLoss | None,
+        **kwargs: Any,
     ) -> None:
         # This process runs nothing else, so what is changed here concerns this run alone.
         os.environ.update(environment)
         worker_group_module.SynchronizationActor = _NoBarrier
         worker_group_state_module._shutdown_sync_actor = lambda _: None
         _Group.room = room
-        _Group.watch = Watch(on_stall, lambda: self._failure_policy.retries.has_more)
+        _Group.watch = Watch(on_stall, lambda: self._failure_policy.retries.has_more, on_loss)
         super().__init__(**kwargs)
 
     def _start_worker_group(self, num_workers: int, resources_per_worker: Resources) -> None:
@@ -392,7 +412,7 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
 
     ``fn`` runs on every worker as in `rendezvous.run_in_generations`; ``environment`` is the controller's;
     ``lent`` a placement group for its workers, None to make one; ``collective_timeout_s`` torch.distributed's;
-    ``on_stall`` is called in the controller's process of every worker that hangs.
+    ``on_stall`` is called in the controller's process of every worker that hangs, ``on_loss`` of those that died.
     """
 
     def __init__(
@@ -403,13 +423,14 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
         lent: PlacementGroup | None,
         collective_timeout_s: float,
         on_stall: OnStall | None,
+        on_loss: OnLoss | None,
         watch: Callable[[Any], Any],
         **kwargs: Any,
     ) -> None:
         super().__init__(functools.partial(run_in_generations, fn), torch_config=_Seated(), **kwargs)
         self._environment = environment
         self._room = _Room(lent, collective_timeout_s)
-        self._on_stall = on_stall
+        self._on_stall, self._on_loss = on_stall, on_loss
         self._watch = watch
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -424,7 +445,11 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
                 num_cpus=0,
                 label_selector={ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()},
             )(_Controller).remote(
-                environment=self._environment, room=self._room, on_stall=self._on_stall, **kwargs
+                environment=self._environment,
+                room=self._room,
+                on_stall=self._on_stall,
+                on_loss=self._on_loss,
+                **kwargs,
             )
         )
 

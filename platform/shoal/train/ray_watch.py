@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
+from shoal.train.loss import LossReport, OnLoss
 from shoal.train.stacks import dump, dump_by_signal, place_of, stack_of
 from shoal.train.stall import OnStall, StallReport
 from shoal.train.watchdog import Stall, Watchdog, Why
@@ -26,12 +27,17 @@ _MAX_STACK = 20_000
 class Watch:
     """Carries out what the watchdog decides: looks where a worker stands, says so, and has it replaced.
 
+    Says of workers that died, too.
+
     Lives as long as the controller, over all groups.
     """
 
-    def __init__(self, on_stall: OnStall | None, has_restart: Callable[[], bool]) -> None:
+    def __init__(
+        self, on_stall: OnStall | None, has_restart: Callable[[], bool], on_loss: OnLoss | None = None
+    ) -> None:
         self.watchdog = Watchdog()
         self._on_stall = on_stall
+        self._on_loss = on_loss
         self._has_restart = has_restart
 
     def look(self, statuses: list[Any]) -> None:
@@ -42,6 +48,20 @@ class Watch:
             if status.error is None
         }
         self.watchdog.look(answers, time.monotonic())
+
+    def tell_of(self, lost: Mapping[int, Exception]) -> None:
+        """Say which workers were just lost, and why by rank."""
+        if not lost or self._on_loss is None:
+            return
+        report = LossReport(
+            ranks=sorted(lost),
+            step=self.watchdog.steps_done,
+            why="; ".join(dict.fromkeys(type(error).__name__ for error in lost.values())),
+        )
+        try:
+            self._on_loss(report)
+        except Exception:  # whatever it is, the workers are gone all the same
+            logger.exception("could not record that workers were lost: %s", report)
 
     def act(self, workers: list[Any]) -> None:
         """End the worker that hangs, if one does: its group then fails as at any death.

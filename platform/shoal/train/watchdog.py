@@ -101,6 +101,11 @@ class Watchdog:
             rank: pulse for rank, pulse in answers.items() if pulse is not None and pulse.phase != "done"
         }
 
+    @property
+    def steps_done(self) -> int:
+        """The most steps that any of the workers has said to have done."""
+        return max((pulse.steps for pulse in self._pulses.values()), default=0)
+
     def judge(self) -> Stall | None:
         """Who hangs by what was seen so far, if anybody. A verdict can make limits grow, so act on it, or say it."""
         stall = self._silent() or self._still() or self._apart()
@@ -131,9 +136,8 @@ class Watchdog:
             )
             limit_s = _step_limit_s(pulse) if pulse is not None else SILENCE_IN_SET_UP_S
             if seconds > limit_s * self._growth[Why.SILENT] and rank not in self._told:
-                steps = max((pulse.steps for pulse in self._pulses.values()), default=0)
                 phase = pulse.phase if pulse is not None else "set up"
-                return Stall((rank,), Why.SILENT, seconds, phase, steps, self._said_by([rank]))
+                return Stall((rank,), Why.SILENT, seconds, phase, self.steps_done, self._said_by([rank]))
         return None
 
     def _still(self) -> Stall | None:

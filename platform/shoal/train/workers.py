@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import shutil
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,7 @@ from shoal.errors import (
     SupersededError,
     WorkerLost,
 )
+from shoal.train.loss import LossReport, OnLoss
 from shoal.train.ray_edge import Trainer, found_no_room, is_worth_a_restart, keep_raylet_quiet
 from shoal.train.retries import Retries
 from shoal.train.stall import OnStall
@@ -97,6 +99,8 @@ class Workers:
             then always one number, that of its bundles.
         on_stall: told of every worker that hangs (`StallReport`), in the controller's process, before the worker is
             replaced. It is pickled: keep what it holds small, as the controller imports it.
+        on_loss: told of workers that died, the same way; and, in this process, of a controller that did.
+        on_grant: told of each number of workers that there is room for now, and how many seconds that took.
     """
 
     def __init__(
@@ -114,6 +118,8 @@ class Workers:
         collective_timeout_s: float = 120.0,
         placement_group: PlacementGroup | None = None,
         on_stall: OnStall | None = None,
+        on_loss: OnLoss | None = None,
+        on_grant: Callable[[int, float], None] | None = None,
     ) -> None:
         self._fn = fn
         self._config = config
@@ -127,7 +133,7 @@ class Workers:
         self._start_timeout_s = start_timeout_s
         self._collective_timeout_s = collective_timeout_s
         self._placement_group = placement_group
-        self._on_stall = on_stall
+        self._on_stall, self._on_loss, self._on_grant = on_stall, on_loss, on_grant
         # Ray Train resumes a name it has seen, from files it does not verify: each start gets a new one.
         self._ray_name = f"shoal-{name}-{uuid.uuid4().hex[:8]}"
         self._stop = threading.Event()
@@ -157,7 +163,10 @@ class Workers:
         """
         num_taken = 0
         while num_taken < _NUM_GRANTS:
+            asked = time.monotonic()
             granted = self._wait_for_grant(hold_out_s)
+            if self._on_grant is not None and not self._stop.is_set():
+                self._on_grant(granted, time.monotonic() - asked)
             try:
                 end = _End.DONE if self._stop.is_set() else self._run_group(granted)
             finally:
@@ -204,6 +213,10 @@ class Workers:
             return _End.DONE
         if isinstance(error, RayActorError):  # the controller died: its workers died with it
             self._num_failures += 1
+            if self._on_loss is not None:
+                self._on_loss(
+                    LossReport(ranks=[], step=0, why="the controller died, and the workers with it")
+                )
             pause_s = self._controllers.failed()
             if pause_s is None:
                 raise WorkerLost(self._lost_message(error)) from error
@@ -246,6 +259,7 @@ class Workers:
             lent=self._placement_group,
             collective_timeout_s=self._collective_timeout_s,
             on_stall=self._on_stall,
+            on_loss=self._on_loss,
             watch=self._watch,
         )
         keep_raylet_quiet()
