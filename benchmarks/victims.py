@@ -18,7 +18,7 @@ from benchmarks.steps import Steps, read
 RANKS = (0, 1)
 PROGRESS_STEPS = 300
 PROGRESS_S = 8.0
-"""How far a run must have come since its last recovery before the next of its ranks is harmed."""
+"""How far a run must have come since its last recovery before the next of its ranks is harmed, by default."""
 START_DEADLINE_S = 120.0
 LOG = "log"
 """File beside the ranks' with all that the run printed, if it is there."""
@@ -34,6 +34,10 @@ class Recovery:
     """From the signal to the first step of the process in its place: a step has every rank's gradients in it."""
     steps_lost: int
     """Steps that every rank had completed and that were done again."""
+    trained_s: float
+    """From the first step since the last recovery, or since the start, to the signal."""
+    steps: int
+    """Steps that every rank completed meanwhile."""
 
     def __str__(self) -> str:
         return f"{self.seconds:.2f} s, {self.steps_lost} step(s) lost"
@@ -42,8 +46,9 @@ class Recovery:
 class Victims:
     """The ranks of one run that notes its steps in ``folder``, to be harmed one after the other."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, progress_s: float | None = None) -> None:
         self._folder = folder
+        self._progress_s = PROGRESS_S if progress_s is None else progress_s
         self._since: Steps | None = None
 
     def wait_for_progress(self) -> None:
@@ -64,6 +69,7 @@ class Victims:
         """
         old = read(self._folder, rank)
         assert old is not None, "wait_for_progress comes first"
+        since = self._since or old
         process = psutil.Process(old.pid)
         begin = time.monotonic()
         process.send_signal(number)
@@ -73,7 +79,12 @@ class Victims:
         if new is None:
             return None
         self._since = new
-        return Recovery(new.first_at - begin, max(0, completed - (new.first - 1)))
+        return Recovery(
+            new.first_at - begin,
+            max(0, completed - (new.first - 1)),
+            trained_s=begin - since.first_at,
+            steps=completed - since.first + 1,
+        )
 
     def _ranks(self) -> list[Steps | None]:
         return [read(self._folder, rank) for rank in RANKS]
@@ -85,7 +96,8 @@ class Victims:
         since = self._since or ranks[0]
         return (
             all(
-                steps.last >= since.first + PROGRESS_STEPS and steps.last_at >= since.first_at + PROGRESS_S
+                steps.last >= since.first + PROGRESS_STEPS
+                and steps.last_at >= since.first_at + self._progress_s
                 for steps in ranks
             )
             or None

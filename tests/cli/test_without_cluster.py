@@ -210,6 +210,36 @@ def test_runs_shows_one_closely(project: Path, shoal: Shoal) -> None:
         assert text in out
 
 
+def test_runs_show_tells_all_that_happened_within_100_columns(
+    project: Path, shoal: Shoal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = write_run(project, ended=False)
+    record.append("first_step", step=11)
+    for step in (20, 30, 40):
+        record.append("checkpoint", step=step, path="c", size_bytes=9, seconds=0.25, pause_s=0.001)
+    record.append("lost", ranks=[1], step=40, why="Died")
+    record.append("start", workers=2, pids=[1, 3], step=35, target_steps=99, source="checkpoint")
+    record.append("first_step", step=36)
+    record.append("end", step=99, state="failed", error="boom " * 99)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    out = Text.from_ansi(shoal("runs", "show", "digits-1").out).plain
+    assert max(map(len, out.splitlines())) <= 100
+    for text in (
+        "goodput",
+        "3 of them from step 20 on, 0.25 s each",
+        "rank 1 (pid 2)",
+        "from its checkpoint",
+    ):
+        assert text in out
+    assert re.search(r"1 recovery \(median .*\), 5 steps lost", out)
+    whole = json.loads(shoal("runs", "show", "digits-1", "--json").out)
+    assert (whole["run"], whole["steps_lost"], whole["counts"]["checkpoint"]) == ("digits-1", 5, 3)
+    for words in (("a", "b"), ("digits-1", "--json"), ("show", "a", "b")):
+        assert shoal("runs", *words).code == 2
+    assert "there is no run 'nobody'" in shoal("runs", "show", "nobody").err
+
+
 def test_a_run_that_does_not_train_is_not_resized(project: Path, shoal: Shoal) -> None:
     write_run(project)
     outcome = shoal("resize", "digits-1", "3")

@@ -21,6 +21,8 @@ class FakeRun:
     journal: str
     state: str = ""
     metrics: set = field(default_factory=set)
+    """Without those of the timeline."""
+    timeline: set = field(default_factory=set)
     params: dict = field(default_factory=dict)
     tags: dict = field(default_factory=dict)
     files: dict = field(default_factory=dict)
@@ -60,7 +62,9 @@ class FakeStore:
         run = self._run(run_id)
         if any(point.key == self.refused for point in batch.metrics):
             raise RequestError(f"refused: {self.refused}")
-        run.metrics |= {(key, step, timestamp, repr(value)) for key, value, timestamp, step in batch.metrics}
+        for key, value, timestamp, step in batch.metrics:
+            kept = run.timeline if key.startswith("timeline/") else run.metrics
+            kept.add((key, step, timestamp, repr(value)))
         run.params |= dict(batch.params)
         run.tags |= dict(batch.tags)
 

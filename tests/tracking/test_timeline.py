@@ -211,10 +211,17 @@ def test_steps_that_an_attempt_goes_back_over_by_itself_are_repeated() -> None:
 
 
 def test_a_roll_back_is_a_recovery_and_its_steps_are_repeated() -> None:
-    bad = line(10, "bad_step", step=100, reason="NaN", action="rollback", message="step 100: NaN; it goes back")
+    bad = line(
+        10, "bad_step", step=100, reason="NaN", action="rollback", message="step 100: NaN; it goes back"
+    )
     again = [start(11, step=50), line(12, "first_step", step=51), steps(16, 100)]
     timeline = timeline_of([start(0), line(0, "first_step", step=0), steps(10, 100), bad, *again])
-    assert spans(timeline) == [("steps", 0, 5), ("repeated", 5, 10), ("recovering", 10, 12), ("steps", 12, 16)]
+    assert spans(timeline) == [
+        ("steps", 0, 5),
+        ("repeated", 5, 10),
+        ("recovering", 10, 12),
+        ("steps", 12, 16),
+    ]
     assert (timeline.recoveries_s, timeline.steps_lost) == ((2.0,), 50)
     assert timeline.counts.get("vanished") == 1  # the last attempt, which is not over
 

@@ -90,6 +90,7 @@ def _of_fake(run):
         "experiment": run.experiment,
         "state": run.state,
         "metrics": sorted(run.metrics),
+        "timeline": sorted(run.timeline),
         "params": run.params,
         "files": run.files,
         "tags": {key: value for key, value in run.tags.items() if key.startswith("shoal.")},
@@ -103,14 +104,16 @@ def _of_mlflow(store):
         for run in client.search_runs([experiment.experiment_id]):
             run_id = run.info.run_id
             assert run.info.run_name not in found, "one run was delivered as two"
+            points = sorted(
+                (point.key, point.step, point.timestamp, repr(point.value))
+                for key in run.data.metrics
+                for point in client.get_metric_history(run_id, key)
+            )
             found[run.info.run_name] = {
                 "experiment": experiment.name,
                 "state": run.data.tags["shoal.state"],
-                "metrics": sorted(
-                    (point.key, point.step, point.timestamp, repr(point.value))
-                    for key in run.data.metrics
-                    for point in client.get_metric_history(run_id, key)
-                ),
+                "metrics": [point for point in points if not point[0].startswith("timeline/")],
+                "timeline": [point for point in points if point[0].startswith("timeline/")],
                 "params": run.data.params,
                 "files": {
                     item.path: Path(client.download_artifacts(run_id, item.path)).read_text()
@@ -142,7 +145,7 @@ def test_a_run_is_known_whole(seen, storage):
         ("loss", 3, repr(1 / 3)),
         ("val_accuracy", 3, "0.5"),
     ]
-    assert run["files"].keys() == {"identity.json"}
+    assert run["files"].keys() == {"identity.json", "timeline.json"}
     assert run["tags"]["shoal.workers"] == "2"
 
 
@@ -157,6 +160,22 @@ def test_delivering_all_again_changes_nothing(seen, storage):
     seen.deliver()
     assert seen.runs() == before
     assert sum(key == "loss" for key, *_ in before["digits-1"]["metrics"]) == 6
+
+
+def test_an_end_says_how_the_time_was_spent_and_says_it_again_when_the_run_has_gone_on(seen, storage):
+    record = begin(storage, steps=3)
+    finish(record, "stopped")
+    seen.deliver()
+    run = seen.runs()["digits-1"]
+    told = {key: float(value) for key, _, _, value in run["timeline"]}
+    goodput = told["timeline/goodput"]
+    assert 0 < goodput < 1
+    assert (told["timeline/starts"], told["timeline/steps_lost"]) == (1, 0)
+    assert json.loads(run["files"]["timeline.json"])["goodput"] == goodput
+    shutil.rmtree(storage.tracking_dir / "delivered")
+    record.append("start", step=3, target_steps=9, workers=2, host="here", source="checkpoint")
+    seen.deliver()
+    assert seen.runs()["digits-1"]["timeline"] == run["timeline"]
 
 
 def test_what_comes_later_is_added(seen, storage):

@@ -11,7 +11,7 @@ import typer
 from shoal.cli.command import WORK, command
 from shoal.cli.console import age_text, say, show_facts, show_table, values_text
 from shoal.cli.project import storage
-from shoal.errors import CorruptError, NotFoundError, StorageError
+from shoal.errors import CorruptError, NotFoundError, RequestError, StorageError
 
 if TYPE_CHECKING:
     from shoal.storage import Storage
@@ -20,22 +20,39 @@ if TYPE_CHECKING:
 
 NUM_EVENTS = 12
 """Lines of a run's journal that are shown."""
+MAX_MOMENTS = 60
+"""Rows of a timeline that are shown, the newest."""
 
 
 def add_to(app: typer.Typer) -> None:
     """Add the command."""
-    command(app, panel=WORK, examples=("shoal runs", "shoal runs digits-1a2b3c4d"))(runs)
+    command(
+        app,
+        panel=WORK,
+        examples=("shoal runs", "shoal runs digits-1a2b3c4d", "shoal runs show digits-1a2b3c4d"),
+    )(runs)
 
 
 def runs(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Show this run closely.")] = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[show] NAME", help="Look at this run closely; show: at all that happened."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With show: as one JSON object.")] = False,
 ) -> None:
-    """List the runs, the newest first; or show one: its identity, how far it is and what happened last."""
+    """List the runs, the newest first; or look at one: its identity, how far it is and what happened last.
+
+    With show: every start, death, hang, recovery, resize, checkpoint and end with its duration, and the goodput.
+    """
     from shoal.tracking import list_runs
     from shoal.train.run import find_run
     from shoal.tune.record import pruned_runs
 
     place = storage()
+    name, is_show = _asked(words or [], as_json)
+    if name is not None and is_show:
+        _show_timeline(find_run(place, name), as_json)
+        return
     if name is not None:
         _show_run(find_run(place, name).record, pruned_runs(place))
         return
@@ -44,6 +61,47 @@ def runs(
         say("no runs yet; start one: shoal train MODULE")
         return
     show_runs(records, place)
+
+
+def _asked(words: list[str], as_json: bool) -> tuple[str | None, bool]:
+    """The run that is meant, if one is, and whether its timeline is."""
+    is_show = len(words) == 2 and words[0] == "show"
+    if len(words) > 1 and not is_show:
+        raise RequestError(
+            f"shoal runs {' '.join(words)}: it takes nothing, NAME, or show NAME; the names: shoal runs"
+        )
+    if as_json and not is_show:
+        raise RequestError("--json is for one run's timeline: shoal runs show NAME --json")
+    return (words[-1] if words else None), is_show
+
+
+def _show_timeline(run: Run, as_json: bool) -> None:
+    import json
+
+    from shoal.train.timeline import (
+        Row,
+        goodput_text,
+        rows_of,
+        seconds_by_doing_text,
+        troubles_text,
+    )
+    from shoal.train.timeline import as_json as whole
+
+    timeline = run.timeline()
+    if as_json:
+        say(json.dumps(whole(timeline), indent=2))
+        return
+    facts = {
+        "run": f"{run.name}, {run.state}",
+        "goodput": goodput_text(timeline).removeprefix("goodput "),
+        "time": seconds_by_doing_text(timeline),
+        "trouble": troubles_text(timeline),
+    }
+    show_facts({name: value for name, value in facts.items() if value})
+    rows = rows_of(timeline)
+    left_out = max(0, len(rows) - MAX_MOMENTS)
+    say(f"\n{left_out:,} earlier ones: shoal runs show {run.name} --json" if left_out else "")
+    show_table(Row._fields, rows[left_out:], numbers=("took", "step", "workers", "lost"))
 
 
 def show_runs(records: list[RunRecord], place: Storage) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from shoal.tracking.journal import Event, metric_columns
+from shoal.tracking.timeline import Timeline
 
 # MLflow's own limits (mlflow/utils/validation.py of 3.17); a batch above them is refused whole.
 MAX_METRICS = 1000
@@ -65,6 +66,26 @@ def plan_metrics(events: Iterable[Event]) -> list[Batch]:
         for name, value in metric_columns(event).items()
     ]
     return [Batch(metrics=chunk) for chunk in _chunks(points, MAX_METRICS)]
+
+
+def plan_timeline(timeline: Timeline, *, step: int, t: float) -> list[Batch]:
+    """The batches with goodput and counts of a run's timeline: metrics ``timeline/...`` of that step and moment."""
+    counts = timeline.counts
+    values = {
+        "wall_s": timeline.wall_s,
+        "steps_lost": float(timeline.steps_lost),
+        "recoveries": float(len(timeline.recoveries_s)),
+        **{f"{kind}s": float(counts.get(kind, 0)) for kind in ("start", "stall", "resize", "checkpoint")},
+    }
+    if timeline.goodput is not None:
+        values["goodput"] = timeline.goodput
+    if timeline.recoveries_s:
+        values["recovery_s_max"] = max(timeline.recoveries_s)
+    points = [
+        Point(key=f"timeline/{name}", value=value, timestamp_ms=int(t * 1000), step=step)
+        for name, value in values.items()
+    ]
+    return [Batch(metrics=tuple(points))]
 
 
 def plan_params(identity: Mapping[str, Any]) -> list[Batch]:

@@ -27,9 +27,7 @@ TROUBLE = frozenset({"warning", "bad_step"})
 """What somebody should read, in the line's ``message``."""
 TIMES = frozenset({"driver", "grant", "first_step", "lost"})
 """What only a timeline needs."""
-KINDS = (
-    TROUBLE | TIMES | {"start", "metrics", "eval", "checkpoint", "rejected", "stall", "resize", "end"}
-)
+KINDS = TROUBLE | TIMES | {"start", "metrics", "eval", "checkpoint", "rejected", "stall", "resize", "end"}
 _MAX_TEXT = 40_000
 """Characters of a text; a line has at most a megabyte, and a character takes up to 12 bytes of JSON."""
 END_STATES = frozenset({"finished", "stopped", "failed"})

@@ -85,8 +85,8 @@ class Moment:
     t: float
     """Epoch seconds of its beginning."""
     kind: str
-    """The journal's kind of line; ``recovery`` for the way from a death, or a roll-back, to the next step, and ``vanished`` for an
-    attempt that ends without a line that says so."""
+    """The journal's kind of line; ``recovery`` for the way from a death, or a roll-back, to the next step, and
+    ``vanished`` for an attempt that ends without a line that says so."""
     attempt: int
     """Number of the attempt under way, from 1; 0 before the first."""
     seconds: float | None = None

@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,12 +29,14 @@ from shoal.tracking.delivery import (
     plan_metrics,
     plan_params,
     plan_tags,
+    plan_timeline,
     start_tags,
 )
 from shoal.tracking.journal import END_STATES, Event, RunState
 from shoal.tracking.mlflow_store import MlflowStore, without_credentials
 from shoal.tracking.record import RunRecord, list_runs
 from shoal.tracking.registry_store import RegistryStore
+from shoal.tracking.timeline import timeline_of
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,8 @@ FIRST_BACKOFF_S = 1.0
 MAX_BACKOFF_S = 30.0
 _MAX_LOG_BYTES = 256 * 1024
 _MAX_WARNINGS = 20
+TIMELINE_FILE = "timeline.json"
+"""The artifact with a run's timeline, beside its metrics ``timeline/...``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,6 +306,15 @@ class Tracker:
             progress.state = state
             if state == RunState.FAILED:
                 self._keep_failure(store, record, progress.run_id, last)
+            if last["kind"] == "end":
+                self._deliver_timeline(store, record, progress.run_id, last)
+
+    def _deliver_timeline(self, store: MlflowStore, record: RunRecord, run_id: str, end: Event) -> None:
+        """Goodput and counts as metrics, all of it as a file, as of this end of the run."""
+        timeline = timeline_of(_up_to(end, record.iter_events()))
+        for batch in plan_timeline(timeline, step=_step_of(end), t=end["t"]):
+            self._log(store, record.name, run_id, batch)
+        self._keep(store, record.name, run_id, json.dumps(timeline.as_dict(), indent=1), TIMELINE_FILE)
 
     def _begin(self, store: MlflowStore, record: RunRecord, progress: _Progress, first: Event) -> None:
         try:
@@ -411,6 +424,19 @@ class Tracker:
                 "state": progress.state,
             },
         )
+
+
+def _up_to(last: Event, events: Iterable[Event]) -> Iterator[Event]:
+    """Delivered again when the run has gone on, an end says what it said before."""
+    for event in events:
+        yield event
+        if event == last:
+            return
+
+
+def _step_of(end: Event) -> int:
+    step = end.get("step")
+    return step if isinstance(step, int) else 0
 
 
 def _journal_id(record: RunRecord) -> str | None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from shoal.config import Range
+    from shoal.train.timeline import RunTimeline
 
 POLL_S = 0.1
 """How often a wait looks at the record."""
@@ -238,6 +239,15 @@ class Run:
         from shoal.train.plots import plot_run
 
         return plot_run(self.name, self.metrics(), names, self.objective)
+
+    def timeline(self) -> RunTimeline:
+        """Everything that happened to the run with its moment and duration, and its goodput; as of now.
+
+        Reads the whole record; a copy that does not change. ``.frame()`` and ``.plot()`` show it.
+        """
+        from shoal.train.timeline import read_timeline
+
+        return read_timeline(self._record)
 
     def __repr__(self) -> str:
         target = self._record.target_steps
