@@ -84,6 +84,9 @@ def test_a_killed_worker_whose_steps_a_survivor_kept_costs_only_the_recovery() -
                 12, "checkpoint", step=101, path="c", size_bytes=1, seconds=0.0, values={}
             ),  # found by its successor
             start(12.1, step=101, source="checkpoint"),
+            line(
+                12.3, "eval", split="val", step=101, values={}, seconds=0.1
+            ),  # which the death had prevented
             line(12.5, "first_step", step=102),
             steps(16.5, 182),
         ],
@@ -124,6 +127,38 @@ def test_steps_that_are_computed_again_are_not_useful_over_several_attempts() ->
     assert [moment.steps_lost for moment in timeline.moments if moment.kind == "start"] == [0, 20, 50]
     assert timeline.steps_lost == 70
     assert timeline.goodput == pytest.approx(10 / 19)
+
+
+def test_what_survivors_committed_beyond_every_line_can_be_lost_later() -> None:
+    timeline = timeline_of(
+        [
+            start(0),
+            line(0, "first_step", step=0),
+            steps(9, 90),
+            line(10, "lost", ranks=[0], step=90),
+            start(11, step=100),
+            line(11, "first_step", step=100),
+            line(12, "lost", ranks=[0, 1], step=110),
+            start(13, step=95),  # the checkpoint of step 100 did not verify
+            line(13, "first_step", step=95),
+            steps(15, 115),
+        ]
+    )
+    assert spans(timeline)[:3] == [("steps", 0, 9.5), ("repeated", 9.5, 10), ("recovering", 10, 11)]
+    assert timeline.steps_lost == 15
+
+
+def test_a_checkpoint_is_cut_out_of_no_evaluation_twice() -> None:
+    timeline = timeline_of(
+        [
+            start(0),
+            line(0, "first_step", step=0),
+            line(6, "eval", split="val", step=40, values={}, seconds=3.0),
+            line(9, "checkpoint", step=40, path="c", size_bytes=1, seconds=2.0, pause_s=2.0),
+            steps(10, 60),
+        ]
+    )
+    assert spans(timeline) == [("steps", 0, 3), ("evaluating", 3, 6), ("saving", 6, 7), ("steps", 7, 10)]
 
 
 def test_a_hang_is_counted_from_when_the_worker_stood_still() -> None:
@@ -196,10 +231,12 @@ def test_the_time_between_two_drivers_is_no_wall_time(how: str) -> None:
 
 def test_a_death_that_no_line_tells_was_at_the_last_sign_of_life() -> None:
     """As under torchrun, and in journals of an earlier version, which name no first steps either."""
-    timeline = timeline_of([start(0), steps(4, 40), start(9, step=40), steps(13, 80)])
+    found = line(8.9, "checkpoint", step=40, path="c", size_bytes=1, seconds=0.0)  # by the next attempt
+    timeline = timeline_of([start(0), steps(4, 40), found, start(9, step=40), steps(13, 80)])
     assert spans(timeline) == [("steps", 0, 4), ("recovering", 4, 9), ("steps", 9, 13)]
     assert timeline.recoveries_s == (5.0,)
-    assert [m.kind for m in timeline.moments] == ["start", "vanished", "recovery", "start", "vanished"]
+    kinds = [moment.kind for moment in timeline.moments if moment.kind != "checkpoint"]
+    assert kinds == ["start", "vanished", "recovery", "start", "vanished"]
 
 
 def test_steps_that_an_attempt_goes_back_over_by_itself_are_repeated() -> None:
