@@ -9,7 +9,7 @@ import sys
 from benchmarks.cluster import ROOT, own_cluster
 from shoal.cluster import environment
 
-ALONE = ("startup", "train", "serve", "exact", "recovery", "goodput")
+ALONE = ("startup", "train", "checkpoint", "serve", "exact", "recovery", "goodput")
 """Need nothing, or start what they need."""
 ON_A_CLUSTER = ("submit", "trials")
 """Both sides run on the cluster that the environment names."""
