@@ -39,6 +39,7 @@ SHARED = [
     ("checkpoint_every", 0, "such as 30, or a text with a unit, such as '30s'"),
     ("checkpoint_every", True, "such as 30, or a text with a unit, such as '30s'"),
     ("checkpoint_every", "30", "such as 30, or a text with a unit, such as '30s'"),
+    ("checkpoint_every", "often", "such as '30s'; or 'auto'"),
     ("checkpoint_every", [30], "such as 30, or a text with a unit, such as '30s'"),
 ]
 OF_A_RUN = [
@@ -158,9 +159,12 @@ def test_a_recipe_that_is_fitted_here_checks_them_too(options: dict[str, Any]) -
 
 
 @pytest.mark.parametrize(
-    ("given", "seconds"), [(None, 30.0), (5, 5.0), (0.05, 0.05), ("30s", 30.0), ("250ms", 0.25)]
+    ("given", "seconds"),
+    [(None, 30.0), (5, 5.0), (0.05, 0.05), ("30s", 30.0), ("250ms", 0.25), ("auto", None)],
 )
-def test_a_time_between_checkpoints_is_seconds_or_text(cluster: Cluster, given: Any, seconds: float) -> None:
+def test_a_time_between_checkpoints_is_seconds_or_text(
+    cluster: Cluster, given: Any, seconds: float | None
+) -> None:
     assert cluster.plan(Toy(), RunOptions(checkpoint_every=given)).checkpoint_every_s == seconds
 
 

@@ -41,6 +41,31 @@ def test_a_checkpoint_is_due_a_whole_interval_after_the_last(clock: Clock) -> No
     assert cadence.is_checkpoint_due()
 
 
+def test_auto_takes_a_hundred_times_what_one_cost(clock: Clock) -> None:
+    cadence = Cadence(target_steps=10, checkpoint_every_s=None, clock=clock)
+
+    def step(seconds: float, *, is_writing: bool = False) -> None:
+        cadence.step_begins(is_writing=is_writing)
+        clock.now += seconds
+        cadence.step_ended()
+
+    step(0.1)
+    clock.now += 29.5
+    assert not cadence.is_checkpoint_due(), "30 s before anything was measured"
+    clock.now += 0.5
+    assert cadence.is_checkpoint_due()
+    cadence.checkpoint_begins()
+    clock.now += 0.2
+    cadence.checkpoint_taken()
+    clock.now += 9.0  # an evaluation costs the checkpoint nothing
+    step(0.15, is_writing=True)
+    step(0.1)
+    clock.now += 25.0 - 9.3
+    assert not cadence.is_checkpoint_due(), "0.25 s every 25"
+    clock.now += 0.1
+    assert cadence.is_checkpoint_due()
+
+
 def test_no_interval_is_a_checkpoint_at_every_step(clock: Clock) -> None:
     assert cadence_of(clock, checkpoint_every_s=0.0).is_checkpoint_due()
 

@@ -81,6 +81,15 @@ def test_checkpoints_are_byte_for_byte_those_that_are_written_at_once(
     assert start_ticks(started[0]) is None
 
 
+def test_how_often_changes_no_bit(tmp_path: Path, started: list[int]) -> None:
+    often, auto = (train(tmp_path / str(every_s), checkpoint_every_s=every_s) for every_s in (0.0, None))
+    assert len(contents(often)) > len(contents(auto))
+    last = max(contents(auto))
+    assert last == max(contents(often))
+    for name in ("model.safetensors", "rest.safetensors"):
+        assert contents(often)[last][name] == contents(auto)[last][name]
+
+
 def test_training_goes_on_while_one_is_written_and_no_second_is_begun(
     tmp_path: Path, started: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,7 +75,7 @@ class Cluster:
             steps: where it ends. Default: the recipe's ``steps``.
             name: default ``<recipe>-<8 hex>``.
             seed: of weights, data order and dropout. precision: of the forward pass.
-            checkpoint_every: seconds, or ``"30s"``. Default: the file's.
+            checkpoint_every: seconds, ``"30s"`` or ``"auto"``. Default: the file's.
             keep: newest checkpoints to keep. keep_best: best ones to keep besides. Default: the file's.
             exact: the same bits on any number of workers, at some cost (docs/exact.md). Default: the file's.
             shards: of an exact run, the parts of every batch, and the most workers. Default: the file's.
@@ -166,7 +166,7 @@ class Cluster:
             steps: of each trial. Default: the recipe's ``steps``.
             name: default ``<recipe>-sweep-<8 hex>``; its runs are called ``<name>-t001`` and so on.
             seed: of the search and of every trial's run. precision: of the forward pass.
-            checkpoint_every: seconds, or ``"30s"``. Default: the file's.
+            checkpoint_every: seconds, ``"30s"`` or ``"auto"``. Default: the file's.
             scheduler: ``"asha"`` ends trials early that are worse than others at the same step; ``"pbt"``
                 replaces the worst of a population by changed copies of the best; ``"none"`` lets all finish.
             perturb_every: with ``"pbt"``, steps between two comparisons of a trial. Default: about a fifth.

@@ -109,7 +109,7 @@ def _facts(spec: RunSpec, session: Session, data: Datasets, seconds: float, work
     return {
         "run": spec.name,
         "parameters": f"{num_parameters:,}",
-        "checkpoint": f"{size_text(_checkpoint_bytes(session))}, every {spec.checkpoint_every_s:g} s, "
+        "checkpoint": f"{size_text(_checkpoint_bytes(session))}, {_how_often(spec)}, "
         f"{spec.keep} kept besides the best{f' {spec.keep_best}' if spec.keep_best > 1 else ''}",
         "samples": samples,
         "batch": f"{batch} samples; at most, with " + ", ".join(shares),
@@ -117,6 +117,11 @@ def _facts(spec: RunSpec, session: Session, data: Datasets, seconds: float, work
         "first step": f"loss {loss:.4g} in {seconds:.2f} s on {session.group.device.type}",
         "folder": str(spec.storage.run_dir(spec.name)),
     }
+
+
+def _how_often(spec: RunSpec) -> str:
+    every_s = spec.checkpoint_every_s
+    return "as often as costs 1 % of the time" if every_s is None else f"every {every_s:g} s"
 
 
 def _ends(workers: Range) -> list[int]:

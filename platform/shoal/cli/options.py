@@ -40,7 +40,9 @@ Seed = Annotated[int, typer.Option(metavar="N", help="Of weights, data order and
 Precision = Annotated[Literal["fp32", "bf16"], typer.Option(metavar="fp32|bf16", help="Of the forward pass.")]
 CheckpointEvery = Annotated[
     str | None,
-    typer.Option(metavar="TIME", help="The most work a crash can cost, such as 30s. Default: the file's."),
+    typer.Option(
+        metavar="TIME", help="The most work a crash can cost, such as 30s; or auto. Default: the file's."
+    ),
 ]
 Keep = Annotated[
     int | None,

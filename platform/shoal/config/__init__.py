@@ -17,7 +17,7 @@ from shoal.config.sections import (
     Tune,
     is_loopback,
 )
-from shoal.config.values import Duration, Gpus, Range, Size
+from shoal.config.values import Duration, Gpus, Interval, Range, Size
 
 __all__ = [
     "FILE_NAME",
@@ -25,6 +25,7 @@ __all__ = [
     "Duration",
     "Gpus",
     "Head",
+    "Interval",
     "LocalPlan",
     "LocalPool",
     "Machine",

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 from pydantic_core import PydanticCustomError
 
-from shoal.config.values import AtLeast, Duration, Gpus, Range, Size
+from shoal.config.values import AtLeast, Duration, Gpus, Interval, Range, Size
 
 # A DNS label: Kubernetes names, Ray resource names and environment variables all accept it.
 Name = Annotated[str, StringConstraints(pattern="^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$")]
@@ -128,8 +128,9 @@ class Train(Section):
     free; one worker holds one GPU in a pool with GPUs, else one CPU."""
     pool: Name | None = None
     """Pool that the workers run in; unset for any CPU of the cluster."""
-    checkpoint_every: PositiveDuration = Duration(30)
-    """Time between checkpoints, which is the most work that a crash can cost."""
+    checkpoint_every: Interval = Interval(30)
+    """Time between checkpoints, which is the most work that a crash can cost; `auto` for as often as costs 1 % of
+    the training's time, from 10s to 10m."""
     keep: Count = 3
     """How many of the newest checkpoints are kept, besides the best ones."""
     keep_best: Count = 1

@@ -42,6 +42,8 @@ _DURATION_UNITS: Mapping[str, Decimal] = {
     "ms": Decimal("0.001"),
 }
 _MAX_COUNT = 10**9
+_SHORTEST_S = 0.001
+"""Of the time between checkpoints."""
 _MAX_DURATION_S = 100 * 365 * 86_400
 _MAX_SIZE_BYTES = 2**63 - 1
 
@@ -220,6 +222,40 @@ class Duration(float, _TextValue):
 
     def __repr__(self) -> str:
         return f"Duration('{self}')"
+
+
+class Interval(Duration):
+    """Seconds between checkpoints, 1 ms or more, written like a duration; or ``auto``, which is 0."""
+
+    _json_schema: ClassVar[Mapping[str, Any]] = {
+        "type": "string",
+        "pattern": rf"^(auto|{_DECIMAL}(ms|s|m|h|d))$",
+        "examples": ["30s", "auto"],
+    }
+
+    @property
+    def seconds(self) -> float | None:
+        """None for ``auto``."""
+        return float(self) or None
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        """Read ``"30s"`` or ``"auto"``.
+
+        Raises:
+            RequestError: neither; below 1 ms, or longer than a century.
+        """
+        if value == "auto":
+            return cls(0)
+        if isinstance(value, cls):
+            return value
+        parsed = Duration.parse(value)
+        if parsed < _SHORTEST_S:
+            raise RequestError("must be at least 1ms; or write auto")
+        return cls(parsed)
+
+    def __str__(self) -> str:
+        return super().__str__() if self else "auto"
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,13 @@ class RunBoundary:
             self._writer.finish_copying()
 
     def after_step(self, session: Session, wishes: Wishes) -> bool:
+        self._cadence.step_ended()
+        try:
+            return self._at_boundary(session, wishes)
+        finally:
+            self._cadence.step_begins(is_writing=self._writer is not None and self._writer.is_writing)
+
+    def _at_boundary(self, session: Session, wishes: Wishes) -> bool:
         is_last = session.steps_done >= self._spec.target_steps
         is_end = is_last or wishes.stop
         if not self._has_stepped:
@@ -263,6 +270,7 @@ class RunBoundary:
         if session.steps_done == self._saved_step:
             return
         self._saved_step = session.steps_done
+        self._cadence.checkpoint_begins()
         began = time.monotonic()
         self._wait_written()
         if self._writer is not None:

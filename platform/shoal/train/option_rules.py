@@ -12,10 +12,7 @@ from shoal.errors import RequestError
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-    from shoal.config import Duration
-
-_SHORTEST_S = 0.001
-"""The shortest time between checkpoints, as in the cluster file."""
+    from shoal.config import Interval
 
 
 class Rule(NamedTuple):
@@ -81,22 +78,23 @@ def is_worker_range(value: Any) -> bool:
 
 
 def is_interval(value: Any) -> bool:
-    """A time between checkpoints: seconds, or a text such as ``30s``."""
+    """A time between checkpoints: seconds, or a text such as ``30s`` or ``auto``."""
     try:
-        return duration(value) >= _SHORTEST_S
+        interval(value)
     except RequestError:
         return False
+    return True
 
 
-def duration(value: float | str) -> Duration:
+def interval(value: float | str) -> Interval:
     """``30`` and ``"30s"`` are 30 seconds.
 
     Raises:
-        RequestError: neither; NaN, negative, or longer than a century.
+        RequestError: neither, nor ``"auto"``; NaN, below 1 ms, or longer than a century.
     """
-    from shoal.config import Duration
+    from shoal.config import Duration, Interval
 
-    return Duration(value) if _is_number(value, (int, float)) else Duration.parse(value)  # type: ignore[arg-type]
+    return Interval.parse(Duration(value) if _is_number(value, (int, float)) else value)  # type: ignore[arg-type]
 
 
 def _is_number(value: Any, kind: type | tuple[type, ...]) -> bool:

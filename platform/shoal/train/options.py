@@ -13,7 +13,7 @@ from shoal.train.bad_steps import OnNan
 from shoal.train.option_rules import (
     Rule,
     check,
-    duration,
+    interval,
     is_interval,
     is_text,
     is_worker_range,
@@ -39,7 +39,7 @@ RULES = {
     "precision": Rule(one_of(*get_args(Precision)), "'fp32' or 'bf16'"),
     "checkpoint_every": Rule(
         is_interval,
-        "from 1 ms to 100 years: seconds, such as 30, or a text with a unit, such as '30s'",
+        "from 1 ms to 100 years: seconds, such as 30, or a text with a unit, such as '30s'; or 'auto'",
     ),
     "keep": Rule(whole_number(1), "a whole number, 1 or more, such as 3"),
     "keep_best": Rule(whole_number(1), "a whole number, 1 or more, such as 3"),
@@ -69,7 +69,8 @@ class RunOptions:
     precision: Precision = "fp32"
     """Of the forward pass."""
     checkpoint_every: float | str | None = None
-    """The most work a crash can cost, in seconds or as ``"30s"``. None: the file's."""
+    """The most work a crash can cost, in seconds or as ``"30s"``; ``"auto"`` for as often as costs 1 % of the time.
+    None: the file's."""
     keep: int | None = None
     """Newest checkpoints to keep besides the best. None: the file's."""
     keep_best: int | None = None
@@ -162,7 +163,7 @@ def plan_run(
         precision=options.precision,
         shards=shards,
         on_nan=config.train.on_nan if options.on_nan is None else options.on_nan,
-        checkpoint_every_s=float(config.train.checkpoint_every if every is None else duration(every)),
+        checkpoint_every_s=(config.train.checkpoint_every if every is None else interval(every)).seconds,
         keep=config.train.keep if options.keep is None else options.keep,
         keep_best=config.train.keep_best if options.keep_best is None else options.keep_best,
         init_from=None if init_from is None else init_from.path,

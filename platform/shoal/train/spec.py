@@ -44,8 +44,9 @@ class RunSpec:
     """Into how many virtual shards an exact run divides every batch; None for a fast run."""
     on_nan: OnNan = "fail"
     """What to do at a NaN or infinite loss."""
-    checkpoint_every_s: float = 30.0
-    """Seconds between checkpoints; there is always one at the end, and one at every new best."""
+    checkpoint_every_s: float | None = 30.0
+    """Seconds between checkpoints; None for as often as costs 1 % of the time. There is always one at the end, and
+    one at every new best."""
     checkpoint_at_eval: bool = False
     """Whether every evaluation is reported only when a checkpoint of that very step is committed."""
     keep: int = 3
