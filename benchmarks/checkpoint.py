@@ -279,6 +279,7 @@ def measure(rounds: int, folder: Path) -> tuple[dict[str, list[float]], list[tup
                 target = folder / name.replace(" ", "-")
                 usual = statistics.median(usual_s[-3 * STEPS_BETWEEN :])
                 stalls[name] = stall_of(ways[name], training, target, usual)
+                print(f"  round {number}: {name}: {stalls[name] * 1e3:.0f} ms", flush=True)
                 shutil.rmtree(target, ignore_errors=True)
                 target.unlink(missing_ok=True)
                 usual_s += [training.step() for _ in range(STEPS_BETWEEN)]
@@ -289,11 +290,7 @@ def measure(rounds: int, folder: Path) -> tuple[dict[str, list[float]], list[tup
             plain_s.append(plain)
             for name, seconds in stalls.items():
                 ways[name].stalls_s.append(seconds)
-            shown = ", ".join(f"{name} {seconds * 1e3:.0f}" for name, seconds in stalls.items())
-            print(
-                f"  round {number}: stalls in ms: {shown}; write {write_s[-1]:.2f} s, bare {plain:.2f} s",
-                flush=True,
-            )
+            print(f"  round {number}: write {write_s[-1]:.2f} s, bare {plain:.2f} s", flush=True)
     return {name: way.stalls_s for name, way in ways.items()}, list(zip(write_s[1:], plain_s, strict=True))
 
 
