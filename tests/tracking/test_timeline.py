@@ -247,10 +247,11 @@ def test_steps_that_an_attempt_goes_back_over_by_itself_are_repeated() -> None:
     assert timeline.steps_lost == 40
 
 
-def test_a_roll_back_is_a_recovery_and_its_steps_are_repeated() -> None:
-    bad = line(
-        10, "bad_step", step=100, reason="NaN", action="rollback", message="step 100: NaN; it goes back"
-    )
+@pytest.mark.parametrize("kind", ["bad_step", "out_of_memory"])
+def test_beginning_anew_is_a_recovery_and_its_steps_are_repeated(kind: str) -> None:
+    bad = line(10, kind, step=100, message="step 100: it goes back")
+    if kind == "bad_step":
+        bad["action"] = "rollback"
     again = [start(11, step=50), line(12, "first_step", step=51), steps(16, 100)]
     timeline = timeline_of([start(0), line(0, "first_step", step=0), steps(10, 100), bad, *again])
     assert spans(timeline) == [

@@ -52,7 +52,7 @@ class Doing(StrEnum):
     HANGING = "hanging"
     """A worker did not move, until that was found."""
     RECOVERING = "recovering"
-    """From a worker's death, or a roll-back, to the next completed step."""
+    """From a worker's death, or from a step for which all begin anew, to the next completed step."""
     RESIZING = "resizing"
     """From the last step on one number of workers to the first on another."""
     ENDING = "ending"
@@ -85,8 +85,8 @@ class Moment:
     t: float
     """Epoch seconds of its beginning."""
     kind: str
-    """The journal's kind of line; ``recovery`` for the way from a death, or a roll-back, to the next step, and
-    ``vanished`` for an attempt that ends without a line that says so."""
+    """The journal's kind of line; ``recovery`` for the way from a death, or from a step for which all begin anew, to
+    the next step, and ``vanished`` for an attempt that ends without a line that says so."""
     attempt: int
     """Number of the attempt under way, from 1; 0 before the first."""
     seconds: float | None = None
@@ -294,6 +294,7 @@ class _Reader:
             "checkpoint": self._checkpoint,
             "stall": self._stall,
             "bad_step": self._bad_step,
+            "out_of_memory": self._bad_step,
             "lost": self._lost,
             "resize": self._resize,
             "end": self._end,
@@ -397,8 +398,10 @@ class _Reader:
         )
 
     def _bad_step(self, t: float, event: Event) -> None:
-        self._say(t, "bad_step", step=_whole(event, "step"), detail=_text_of(event))
-        if event.get("action") == "rollback" and self._leg is not None:
+        """A step that was not taken; after some of them every rank begins anew, in its process."""
+        self._say(t, event["kind"], step=_whole(event, "step"), detail=_text_of(event))
+        begins_anew = event["kind"] == "out_of_memory" or event.get("action") == "rollback"
+        if begins_anew and self._leg is not None:
             if self._trouble is None:
                 self._trouble = t
             self._close_leg(t, Doing.RECOVERING)
