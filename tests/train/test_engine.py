@@ -281,9 +281,14 @@ def test_what_a_dead_attempt_left_is_deleted_when_the_next_begins(tmp_path: Path
             shutil.copytree(newest, place)  # it died when it had committed, and before it deleted
     dead = replace(Owner.here(), started=1)
     (record.dir / f".data.json.{dead}-01234567.tmp").write_text("half")
+    (record.dir / "fence" / f".000002.json.{dead}-01234567.tmp").write_text("half")
+    half = record.checkpoints_dir / f".step-0000000070-t000001.{dead}-01234567.tmp"
+    half.mkdir()
+    (half / "model.safetensors").write_text("half")
     train(spec)
     assert set(record.checkpoints_dir.iterdir()) == {newest, *others}
-    assert list(record.dir.glob(".*")) == []
+    assert list(record.dir.rglob(".*")) == []
+    assert [path.name for path in (record.dir / "fence").iterdir()] == ["000002.json"]
 
 
 def test_asked_to_stop_it_commits_and_the_same_command_goes_on_to_the_same_weights(tmp_path: Path) -> None:
