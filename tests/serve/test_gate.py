@@ -156,23 +156,69 @@ def test_caller_that_leaves_gets_no_answer_and_holds_no_place() -> None:
 
 
 @pytest.mark.parametrize("declared", [{"content-length": "9"}, {"transfer-encoding": "chunked"}])
-def test_who_is_refused_before_the_body_came_cannot_go_on_sending(declared: dict[str, str]) -> None:
+def test_who_is_refused_before_the_body_came_cannot_go_on_sending(
+    declared: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.serve.core.gate._HEAR_OUT_S", 0.01)
     key = {"x-api-key": KEY}
     for got in (
         post(gate(keys=Keys([KEY])), b"", None, headers=declared, stall=True),
-        post(gate(max_queue=0), b"", None, headers=declared, stall=True),
         post(gate(deadline_s=0.01), b"", None, headers=declared, stall=True),
         post(gate(max_body_bytes=3), b"xxxx", None, headers=declared, stall=True),
         asyncio.run(ask(gate(keys=Keys([KEY])), path="/healthz", headers=declared, stall=True)),
     ):
         assert got.headers.get("connection") == "close", got.status
     for kept in (
+        post(gate(max_queue=0), b"x" * 9, None, headers=declared),
         post(gate(keys=Keys([KEY])), b"x" * 9, None, headers=declared | key),
         asyncio.run(ask(gate(keys=Keys([KEY])), path="/model", body=b"x" * 9, headers=declared | key)),
         get(gate(keys=Keys([KEY])), "/model"),
         get(gate(keys=Keys([KEY])), "/model", headers={"content-length": "0"}),
     ):
         assert "connection" not in kept.headers
+
+
+def test_who_is_refused_may_finish_sending_within_bounds_and_reads_the_answer() -> None:
+    """What comes after the end resets the connection, and the answer is lost."""
+    events: list[str] = []
+    sizes = [4, 4, 4, 4]
+
+    async def receive() -> dict[str, Any]:
+        events.append("took")
+        return {"type": "http.request", "body": bytes(sizes.pop()), "more_body": bool(sizes)}
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            events.append("answer" if message["more_body"] else "end")
+
+    scope = {"type": "http", "method": "POST", "path": "/predict", "headers": [(b"content-length", b"16")]}
+    app = gate(keys=Keys([KEY]), max_body_bytes=100)
+    asyncio.run(app(dict(scope), receive, send))
+    assert events == ["answer", "took", "took", "took", "took", "end"]
+    events.clear()
+    sizes.extend([100] * 99)
+    asyncio.run(app(dict(scope), receive, send))
+    assert events == ["answer", *["took"] * 16, "end"], "no more than 16 times the limit"
+
+
+def test_not_many_who_are_refused_are_heard_out_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[float] = []
+    timeout = asyncio.timeout
+
+    def noted(seconds: float) -> asyncio.Timeout:
+        heard.append(seconds)
+        return timeout(0.02)
+
+    monkeypatch.setattr(asyncio, "timeout", noted)
+
+    async def main() -> list[Got]:
+        app = gate(keys=Keys([KEY]))
+        return await asyncio.gather(
+            *(ask(app, headers={"content-length": "9"}, stall=True) for _ in range(100))
+        )
+
+    assert {got.status for got in asyncio.run(main())} == {401}
+    assert len(heard) == 8
 
 
 def test_websocket_is_closed() -> None:

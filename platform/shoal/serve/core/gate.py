@@ -19,6 +19,9 @@ from shoal.serve.core.meter import Meter
 logger = logging.getLogger(__name__)
 
 _RETRY_AFTER: tuple[Header, ...] = ((b"retry-after", b"1"),)
+_HEAR_OUT_S = 2.0
+_MAX_HEARD_OUT = 8
+"""Callers at once who may finish sending what is not read. Ray counts them among its requests, see `builder`."""
 _HEALTH = "/healthz"
 """Open to everybody, without a key or a place in the queue."""
 
@@ -49,9 +52,9 @@ Handler = Callable[[Call], Awaitable[Answer]]
 class Gate:
     """An ASGI app that lets requests through to ``hot`` handlers or to ``app``, within ``limits``.
 
-    Every answer carries ``X-Model-Version``. One that comes before the whole body did closes the connection: whoever
-    was refused could hold it for as long as he goes on sending, since nobody counts what comes then. Errors are JSON,
-    never a traceback: what went wrong inside is logged here and the caller reads "internal error".
+    Every answer carries ``X-Model-Version``. One that comes before the whole body did closes the connection, but for
+    a full queue: the caller could hold it for as long as he goes on sending, since nobody counts what comes then.
+    Errors are JSON, never a traceback: what went wrong inside is logged here and the caller reads "internal error".
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Gate:
         self._keys = keys
         self.meter = meter or Meter()
         self.num_inside = 0
+        self._num_heard_out = 0
         # Ray Serve reads these two off an ASGI app to name the route in its own metrics.
         self.routes = getattr(app, "routes", [])
         self.router = getattr(app, "router", None)
@@ -91,6 +95,9 @@ class Gate:
             logger.exception("%s %s failed", scope["method"], path)
             await reply.send_answer(_internal().answer())
         self.meter.num_answers[reply.status, reply.version] += 1
+        if reply.status and reply.is_early:
+            await self._hear_out(receive)
+            await reply.end()
 
     async def _pass(self, path: str, scope: Scope, receive: Receive, reply: _Reply) -> None:
         if path == _HEALTH:  # a health check must not queue behind what it checks
@@ -99,6 +106,7 @@ class Gate:
         if self._keys is not None:
             self._keys.check(scope["headers"])
         if self.num_inside >= self._limits.max_queue:
+            reply.may_stay = True  # to connect again would cost more than the answer
             raise Refusal(
                 503,
                 "too_many_requests",
@@ -146,6 +154,27 @@ class Gate:
             if not message.get("more_body", False):
                 return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
+    async def _hear_out(self, receive: Receive) -> None:
+        """Take in, for a while, what a refused caller still sends.
+
+        Closed at once, his next bytes reset the connection, and most clients then report that instead of the answer.
+        """
+        if self._num_heard_out >= _MAX_HEARD_OUT:
+            return
+        self._num_heard_out += 1
+        try:
+            async with asyncio.timeout(_HEAR_OUT_S):
+                left_bytes = 16 * self._limits.max_body_bytes
+                while left_bytes > 0:
+                    message = await receive()
+                    if not message.get("more_body", False):  # the end, or the caller left
+                        return
+                    left_bytes -= len(message.get("body", b""))
+        except TimeoutError:
+            return
+        finally:
+            self._num_heard_out -= 1
+
     async def _refuse_protocol(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
@@ -156,7 +185,7 @@ class Gate:
 class _Reply:
     """The caller's ``send``, which adds to every answer what all have, and notes its status and model version."""
 
-    __slots__ = ("_scope", "_send", "_version_now", "has_read", "status", "version")
+    __slots__ = ("_scope", "_send", "_version_now", "has_read", "may_stay", "status", "version")
 
     def __init__(self, send: Send, version: Callable[[], bytes], scope: Scope) -> None:
         self._send = send
@@ -164,6 +193,8 @@ class _Reply:
         self._scope = scope
         self.has_read = False
         """Whether the whole body has come."""
+        self.may_stay = False
+        """Whether the connection may outlive an answer that is early."""
         self.status = 0
         self.version = b""
 
@@ -173,6 +204,8 @@ class _Reply:
             self.version = self._version_now()
             headers = [*message.get("headers", ()), *self._headers()]
             message = {**message, "headers": headers}
+        elif self.is_early:
+            message = {**message, "more_body": True}
         await self._send(message)
 
     async def send_answer(self, answer: Answer) -> None:
@@ -187,13 +220,20 @@ class _Reply:
             *answer.headers,
         ]
         await self._send({"type": "http.response.start", "status": answer.status, "headers": headers})
-        await self._send({"type": "http.response.body", "body": answer.body})
+        await self._send({"type": "http.response.body", "body": answer.body, "more_body": self.is_early})
+
+    @property
+    def is_early(self) -> bool:
+        """Whether the caller may still be sending; the answer stays open till `end`."""
+        return not self.has_read and _announces_body(self._scope["headers"])
+
+    async def end(self) -> None:
+        """End an answer that is early."""
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _headers(self) -> tuple[Header, ...]:
         version = (b"x-model-version", self.version)
-        if self.has_read or not _announces_body(self._scope["headers"]):
-            return (version,)
-        return version, (b"connection", b"close")
+        return (version, (b"connection", b"close")) if self.is_early and not self.may_stay else (version,)
 
 
 def _announces_body(headers: Any) -> bool:
