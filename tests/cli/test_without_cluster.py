@@ -223,6 +223,8 @@ def test_runs_show_tells_all_that_happened_within_100_columns(
     record.append("end", step=99, state="failed", error="boom " * 99)
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "200")
+    closely = Text.from_ansi(shoal("runs", "digits-1").out).plain
+    assert re.search(r"lost +step 40 +rank 1\n", closely)
     out = Text.from_ansi(shoal("runs", "show", "digits-1").out).plain
     assert max(map(len, out.splitlines())) <= 100
     for text in (

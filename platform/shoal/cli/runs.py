@@ -248,6 +248,12 @@ def _event_text(event: dict[str, Any]) -> str:
     match kind:
         case "start":
             detail = f"{event['workers']} workers, {event['source']}"
+        case "driver":
+            detail = f"{event['workers']} workers wanted, by pid {event['pid']}"
+        case "grant":
+            detail = f"room for {event['workers']} workers after {event['seconds']:.2f} s"
+        case "lost":
+            detail = f"rank {' and '.join(map(str, event['ranks']))}" if event["ranks"] else event["why"]
         case "resize":
             detail = f"from {event['from']} to {event['to']} workers"
         case "metrics":
