@@ -41,7 +41,11 @@ class Group:
     """Steps whose loss is NaN on rank 0."""
     on_nan: OnNan = "fail"
     die_at_step: int | None = None
-    """In which all ranks die by SIGKILL."""
+    """In which ranks die by SIGKILL; with ``checkpoint_every_s``, once there is a checkpoint to go on from."""
+    who_dies: list[int] | None = None
+    """Of them; None: all."""
+    checkpoint_every_s: float = 1e6
+    """By default only what a resize or a survivor commits is there to go on from."""
     kill_at: str = ""
     """Where rank 0 of a group that is resized dies: ``ordered``, ``committed``, ``written``; empty: nowhere."""
 
@@ -137,7 +141,9 @@ def _work(group: Group, rank: int, rendezvous: Path) -> None:
         die_at(group.kill_at)
     ElasticToy.resizes = group.resizes
     ElasticToy.poison = group.poison
-    ElasticToy.die_at_step = group.die_at_step
+    if group.who_dies is None or rank in group.who_dies:
+        ElasticToy.die_at_step = group.die_at_step
+    ElasticToy.has_checkpoints = group.checkpoint_every_s < 1e6
     ElasticToy.record = RunRecord(Storage(Path(group.storage)), group.name)
     spec = RunSpec(
         recipe=ElasticToy(batch_size=group.batch_size),
@@ -146,10 +152,15 @@ def _work(group: Group, rank: int, rendezvous: Path) -> None:
         target_steps=group.steps,
         shards=group.shards,
         on_nan=group.on_nan,
-        checkpoint_every_s=1e6,  # only what a resize commits is there to go on from
+        checkpoint_every_s=group.checkpoint_every_s,
         threads=1,
     )
     train_worker(spec, room.Group.current())
+    if group.workers > 1:
+        dist.destroy_process_group()
+        threads = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+        left = [name for name in threads if "gloo" in name]
+        assert not left, f"the process group was left and lives on: {left}"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,13 +29,6 @@ from trainees import fingerprint_of
 STEPS = 24
 EXACT: dict[str, Any] = {"batch_size": 14, "shards": 5, "steps": STEPS}
 POISON = [6, 15]
-
-
-@pytest.fixture(scope="module")
-def fleet() -> Iterator[Fleet]:
-    fleet = Fleet()
-    yield fleet
-    fleet.close()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,6 @@ from trainees import fingerprint_of
 STEPS = 30
 EXACT = {"batch_size": 14, "shards": 5, "steps": STEPS}
 """70 samples: an epoch has 5 steps. Shards of 2 and 3 samples; BatchNorm takes two at least."""
-
-
-@pytest.fixture(scope="module")
-def fleet() -> Iterator[Fleet]:
-    fleet = Fleet()
-    yield fleet
-    fleet.close()
 
 
 @pytest.fixture(scope="module")

@@ -2,52 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from fleet import KILLED, Fleet, Group
 from shoal.storage import Storage
 from shoal.tracking import RunRecord, RunState
-from trainees import fingerprint_of, train
+from trainees import fingerprint_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-@pytest.mark.parametrize("num_workers", [1, 3])  # what breaks two breaks three, whose sums have an order
-def test_a_killed_run_ends_with_the_same_bits(num_workers: int, tmp_path: Path) -> None:
-    first = train(num_workers, tmp_path, "undisturbed", "killed", kill=f"{num_workers - 1}:57")
-    assert first.returncode != 0
-    assert RunRecord(Storage(tmp_path), "undisturbed").state() == RunState.FINISHED, first.stderr
-    killed = RunRecord(Storage(tmp_path), "killed")
-    assert killed.state() == RunState.INTERRUPTED
-    second = train(num_workers, tmp_path, "killed")
-    assert second.returncode == 0, second.stderr
-
-    starts = killed.events(("start",))
-    assert [start["step"] == 0 for start in starts] == [True, False], (
-        "the second attempt starts from a checkpoint"
-    )
-    assert 0 < starts[1]["step"] <= 57
-    assert killed.state() == RunState.FINISHED
-    assert fingerprint_of(tmp_path, "killed") == fingerprint_of(tmp_path, "undisturbed")
+STEPS = 40
 
 
 @pytest.mark.parametrize(
-    ("victim", "shards"),
+    ("num_workers", "checkpoint_every_s", "shards"),
     [
-        ("0:23", None),
-        pytest.param("2:57", None, marks=pytest.mark.chaos),
-        pytest.param("0:37", 8, marks=pytest.mark.chaos),
+        (1, 0.001, None),
+        (3, 0.001, None),  # what breaks two breaks three, whose sums have an order
+        (3, 1e6, None),
+        (3, 1e6, 8),
     ],
 )
-def test_a_survivor_keeps_the_step_boundary_so_no_step_is_lost(
-    victim: str, shards: int | None, tmp_path: Path
+def test_a_killed_run_ends_with_the_same_bits(
+    fleet: Fleet, tmp_path: Path, num_workers: int, checkpoint_every_s: float, shards: int | None
 ) -> None:
-    first = train(3, tmp_path, "undisturbed", "killed", kill=victim, shards=shards, checkpoints=False)
-    assert first.returncode != 0
-    second = train(3, tmp_path, "killed", shards=shards, checkpoints=False)
-    assert second.returncode == 0, second.stderr
-    killed = RunRecord(Storage(tmp_path), "killed")
-    assert [start["step"] for start in killed.events(("start",))] == [0, int(victim.partition(":")[2])]
-    assert killed.state() == RunState.FINISHED
-    assert fingerprint_of(tmp_path, "killed") == fingerprint_of(tmp_path, "undisturbed")
+    """Of several workers the survivors keep the step boundary, so no step is lost; one alone has its checkpoints."""
+    victim, step = num_workers - 1, 23
+    group = Group(
+        storage=str(tmp_path), name="killed", workers=num_workers, steps=STEPS, batch_size=20, shards=shards
+    )
+    fleet.train_elastic(replace(group, name="undisturbed"))
+    dying = replace(group, die_at_step=step, who_dies=[victim], checkpoint_every_s=checkpoint_every_s)
+    assert fleet.train(dying)[victim] == KILLED
+    record = RunRecord(Storage(tmp_path), "killed")
+    assert record.state() == RunState.INTERRUPTED
+    fleet.train_elastic(group)
+    starts = [start["step"] for start in record.events(("start",))]
+    assert starts == [0, step] if checkpoint_every_s > 1 else starts[1] > 0
+    assert record.state() == RunState.FINISHED
+    assert fingerprint_of(tmp_path, "killed", STEPS) == fingerprint_of(tmp_path, "undisturbed", STEPS)

@@ -14,6 +14,7 @@ import shoal
 from shoal.tracking import RunRecord
 from shoal.train.boundary import RunBoundary
 from toy import Toy
+from waiting import wait_until
 
 
 class ElasticToy(Toy):
@@ -26,6 +27,7 @@ class ElasticToy(Toy):
     record = None
     poison = ()
     die_at_step = None
+    has_checkpoints = False
 
     def build_data(self) -> shoal.Datasets:
         data = super().build_data()
@@ -46,12 +48,19 @@ class ElasticToy(Toy):
             if session.group.is_first and step in self.resizes:
                 record.resizing.order(record.attempt, self.resizes[step])
             if step == self.die_at_step:
-                os.kill(os.getpid(), signal.SIGKILL)
+                self._die()
             loss = session.loss(batch)
             session.backward(loss * math.nan if step in self.poison and session.group.is_first else loss)
             session.step()
         file = record.dir / f"seen-{record.attempt}-{session.group.rank}"
         file.write_text("".join(f"{step} {' '.join(map(str, ids))}\n" for step, ids in seen.items()))
+
+    def _die(self) -> None:
+        if self.has_checkpoints:
+            wait_until(
+                lambda: any(self.record.checkpoints_dir.glob("step-*")), "a first checkpoint is committed"
+            )
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def samples_by_step(record: RunRecord) -> dict[int, list[int]]:
