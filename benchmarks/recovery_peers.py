@@ -8,7 +8,6 @@ is "Fault-tolerant Distributed Training with torchrun".
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
 import tempfile
@@ -19,9 +18,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler
 
+from benchmarks.bare_ddp import completed_steps
 from benchmarks.recipes import SAVE_EVERY_S
 from benchmarks.steps import completed
 from jobs.digits import Digits
@@ -38,31 +36,19 @@ def train(folder: str, state: State | None, save: Callable[[State], None]) -> No
     torch.set_num_threads(1)
     recipe = Digits()
     torch.manual_seed(0)
-    data = recipe.build_data()
     model = recipe.build_model()
     optimizer = recipe.build_optimizer(model)
-    step = 0
+    done = 0
     if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
-    ddp = DistributedDataParallel(model)
-    sampler: DistributedSampler[object] = DistributedSampler(data.train)
-    loader = DataLoader(data.train, batch_size=recipe.batch_size // dist.get_world_size(), sampler=sampler)
+        done = state["step"]
     saved = time.monotonic()
-    for epoch in itertools.count(step // len(loader)):
-        sampler.set_epoch(epoch)
-        for batch in loader:
-            loss = recipe.loss(ddp, batch)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            loss.item()  # every training script logs it; shoal does too
-            step += 1
-            completed(folder, dist.get_rank(), step)
-            if step % _LOOK_EVERY == 0 and _rank_0_says(time.monotonic() - saved >= SAVE_EVERY_S):
-                save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step})
-                saved = time.monotonic()
+    for step in completed_steps(recipe, model, optimizer, done=done):
+        completed(folder, dist.get_rank(), step)
+        if step % _LOOK_EVERY == 0 and _rank_0_says(time.monotonic() - saved >= SAVE_EVERY_S):
+            save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step})
+            saved = time.monotonic()
 
 
 def _rank_0_says(answer: bool) -> bool:
