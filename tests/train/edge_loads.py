@@ -1,4 +1,4 @@
-"""What `test_ray_edge.py` runs on workers: in a module of its own, so that it travels by name."""
+"""What `test_train_ray_edge.py` runs on workers: in a module of its own, so that it travels by name."""
 
 from __future__ import annotations
 
