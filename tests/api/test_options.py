@@ -53,6 +53,7 @@ OF_A_RUN = [
     ("keep_best", 0, "1 or more, such as 3"),
     ("exact", 1, "True or False"),
     ("shards", 0, "1 or more, such as 8"),
+    ("strategy", "zero", "'ddp', 'fsdp' or 'hybrid'"),
     ("on_nan", "ignore", "'fail', 'skip' or 'rollback'"),
     ("init_from", 1, "such as 'digits@1'"),
 ]

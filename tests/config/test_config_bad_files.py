@@ -377,7 +377,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         (
             {"env": {"SHOAL_SET_TRAIN__KEPE": "1"}},
             "train.kepe: unknown key; did you mean keep? Valid keys: workers, pool, checkpoint_every, keep, "
-            "keep_best, exact, shards, on_nan, retries, priority (found 1, SHOAL_SET_TRAIN__KEPE)",
+            "keep_best, exact, shards, strategy, on_nan, retries, priority (found 1, SHOAL_SET_TRAIN__KEPE)",
         ),
         (
             {"env": {"SHOAL_SET_": "1"}},

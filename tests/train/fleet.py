@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from projects import ROOT
 from shoal.storage import Storage
 from shoal.tracking import RunRecord
 from shoal.train.bad_steps import OnNan
+from shoal.train.spec import Strategy
 
 KILLED = int(-signal.SIGKILL)
 RAISED = 70
@@ -46,6 +48,9 @@ class Group:
     """Of them; None: all."""
     checkpoint_every_s: float = 1e6
     """By default only what a resize or a survivor commits is there to go on from."""
+    strategy: Strategy = "ddp"
+    machines: list[str] = field(default_factory=list)
+    """What the rank's machine says that its name is; empty: the truth."""
     kill_at: str = ""
     """Where rank 0 of a group that is resized dies: ``ordered``, ``committed``, ``written``; empty: nowhere."""
 
@@ -97,13 +102,15 @@ class Fleet:
 
 def serve() -> None:
     # What the workers need is imported once, here.
-    import shoal.train.engine  # noqa: F401
+    import shoal.train.engine
     import toy_elastic  # noqa: F401
 
     for line in sys.stdin:
         told: dict[str, Any] = json.loads(line)
         told["resizes"] = {int(step): size for step, size in told["resizes"].items()}
         group = Group(**told)
+        if group.strategy != "ddp":
+            import shoal.train.sharded  # noqa: F401
         with tempfile.TemporaryDirectory() as folder:
             pids = [_fork(group, rank, Path(folder) / "rendezvous") for rank in range(group.workers)]
             codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
@@ -144,6 +151,8 @@ def _work(group: Group, rank: int, rendezvous: Path) -> None:
     if group.who_dies is None or rank in group.who_dies:
         ElasticToy.die_at_step = group.die_at_step
     ElasticToy.has_checkpoints = group.checkpoint_every_s < 1e6
+    if group.machines:
+        socket.gethostname = lambda: group.machines[rank]
     ElasticToy.record = RunRecord(Storage(Path(group.storage)), group.name)
     spec = RunSpec(
         recipe=ElasticToy(batch_size=group.batch_size),
@@ -153,6 +162,7 @@ def _work(group: Group, rank: int, rendezvous: Path) -> None:
         shards=group.shards,
         on_nan=group.on_nan,
         checkpoint_every_s=group.checkpoint_every_s,
+        strategy=group.strategy,
         threads=1,
     )
     train_worker(spec, room.Group.current())

@@ -20,7 +20,7 @@ from waiting import wait_until
 class ElasticToy(Toy):
     """Set ``resizes`` and ``record`` of the class before it trains; rank 0 orders, as a driver would.
 
-    In the steps of ``poison`` rank 0's loss is NaN; in ``die_at_step`` every rank dies.
+    In the steps of ``poison`` rank 0's loss is NaN; in ``die_at_step`` it dies.
     """
 
     resizes = None

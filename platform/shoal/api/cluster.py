@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from shoal.cluster import ClusterInfo
     from shoal.serve import App
     from shoal.train.bad_steps import OnNan
-    from shoal.train.spec import Precision
+    from shoal.train.spec import Precision, Strategy
     from shoal.tune import Sweep
     from shoal.tune.options import SchedulerKind
 
@@ -61,6 +61,7 @@ class Cluster:
         keep_best: int | None = None,
         exact: bool | None = None,
         shards: int | None = None,
+        strategy: Strategy | None = None,
         on_nan: OnNan | None = None,
         init_from: str | None = None,
     ) -> Run:
@@ -79,6 +80,8 @@ class Cluster:
             keep: newest checkpoints to keep. keep_best: best ones to keep besides. Default: the file's.
             exact: the same bits on any number of workers, at some cost (docs/exact.md). Default: the file's.
             shards: of an exact run, the parts of every batch, and the most workers. Default: the file's.
+            strategy: what every worker holds: the whole model and optimizer (``ddp``), its part of them (``fsdp``),
+                or its part of its machine's copy (``hybrid``). Default: the file's.
             on_nan: at a NaN or infinite loss ``fail``, ``skip`` the batch, or ``rollback`` to the last checkpoint and
                 skip it from there. Default: the file's.
             init_from: a model version to start from, ``"digits@1"``.
@@ -102,6 +105,7 @@ class Cluster:
             keep_best=keep_best,
             exact=exact,
             shards=shards,
+            strategy=strategy,
             on_nan=on_nan,
             init_from=init_from,
         )

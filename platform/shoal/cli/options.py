@@ -65,6 +65,13 @@ Shards = Annotated[
     int | None,
     typer.Option(metavar="N", help="Of an exact run: parts of each batch, at most as many workers."),
 ]
+Strategy = Annotated[
+    Literal["ddp", "fsdp", "hybrid"] | None,
+    typer.Option(
+        metavar="ddp|fsdp|hybrid",
+        help="Each worker holds the whole state, or its part of all, or of its machine's. Default: the file's.",
+    ),
+]
 OnNan = Annotated[
     Literal["fail", "skip", "rollback"] | None,
     typer.Option(

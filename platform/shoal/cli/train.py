@@ -43,6 +43,7 @@ def train(
     keep_best: opt.KeepBest = None,
     exact: opt.Exact = None,
     shards: opt.Shards = None,
+    strategy: opt.Strategy = None,
     on_nan: opt.OnNan = None,
     init_from: opt.InitFrom = None,
     detach: opt.Detach = False,
@@ -67,6 +68,7 @@ def train(
         keep_best=keep_best,
         exact=exact,
         shards=shards,
+        strategy=strategy,
         on_nan=on_nan,
         init_from=init_from,
     )

@@ -139,6 +139,8 @@ class Train(Section):
     """Whether a run's weights are the same bits on any number of workers (docs/exact.md); sweeps stay fast."""
     shards: Count = 8
     """Of an exact run, into how many shards every batch is divided; it is the most workers the run can have."""
+    strategy: Literal["ddp", "fsdp", "hybrid"] = "ddp"
+    """What every worker holds: the whole model and optimizer, its part of them, or its part of its machine's copy."""
     on_nan: Literal["fail", "skip", "rollback"] = "fail"
     """At a NaN or infinite loss: end the run, skip the batch, or skip it from the last checkpoint on."""
     retries: Annotated[int, Field(ge=0)] = 5

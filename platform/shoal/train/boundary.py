@@ -210,10 +210,12 @@ class RunBoundary:
         """After a peer was lost: commit the last step boundary, which every survivor has, so that no step is lost.
 
         Every survivor tries; one commits. What it cannot commit is left to the last checkpoint, and said. The line
-        in the record is written by whoever goes on from it.
+        in the record is written by whoever goes on from it. Of a divided model nobody has the whole any more.
         """
         session.rewind()
         self.close()
+        if session.is_divided:
+            return
         step, values = self._evaluated
         if session.steps_done == 0 or self._is_there(session) or self._record.state() == RunState.FINISHED:
             return
@@ -273,8 +275,10 @@ class RunBoundary:
         self._cadence.checkpoint_begins()
         began = time.monotonic()
         self._wait_written()
+        if self._writer is None and not session.is_divided:
+            return
+        snap = self._snapshot(session, values)  # of a divided model every rank has a part to give
         if self._writer is not None:
-            snap = self._snapshot(session, values)
             snap.pause_s = time.monotonic() - began
             self._writer.submit(snap, is_awaited=is_awaited)
             self._cadence.checkpoint_taken()

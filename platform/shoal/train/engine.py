@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from contextlib import nullcontext
 
 import torch
 
@@ -13,7 +14,7 @@ from shoal.storage import FileLock, Token
 from shoal.tracking import RunRecord, RunState, being_trained
 from shoal.train.bad_steps import BeginAgain
 from shoal.train.boundary import RunBoundary
-from shoal.train.group import Group
+from shoal.train.group import Group, transport_errors
 from shoal.train.loader import build_data
 from shoal.train.pulse import heart
 from shoal.train.resume import check_data, restore, warn_of_changed_code
@@ -73,6 +74,7 @@ def _train(spec: RunSpec, group: Group, record: RunRecord, on_eval: EvalListener
         seed=spec.seed,
         target_steps=spec.target_steps,
         precision=spec.precision,
+        strategy=spec.strategy,
         shards=spec.shards,
         on_nan=spec.on_nan,
     )
@@ -93,10 +95,12 @@ def _train(spec: RunSpec, group: Group, record: RunRecord, on_eval: EvalListener
             revision=spec.revision,
         )
     try:
-        boundary.catch_up(session, beginning)
-        spec.recipe.train(session)
-        boundary.finish(session)
-        return False
+        # What a divided model sends to run a block is torch's affair, and so is how it fails.
+        with transport_errors() if session.is_divided else nullcontext():
+            boundary.catch_up(session, beginning)
+            spec.recipe.train(session)
+            boundary.finish(session)
+            return False
     except BeginAgain:
         token.check()  # the next token must not supersede somebody who has taken over
         return True

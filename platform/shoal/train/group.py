@@ -151,6 +151,20 @@ def torchrun_group() -> Iterator[Group]:
 
 
 @contextmanager
+def transport_errors() -> Iterator[None]:
+    """Turn what torch raises when a peer is lost into `PeerLost`, where collectives are its own and not a `Group`'s.
+
+    Anything else passes. Known by what gloo and NCCL write into their messages: torch has no type for it.
+    """
+    try:
+        yield
+    except RuntimeError as err:
+        if isinstance(err, dist.DistError) or any(name in str(err) for name in ("gloo", "NCCL")):
+            raise PeerLost(f"a worker stopped answering ({str(err).splitlines()[0][:200]})") from err
+        raise
+
+
+@contextmanager
 def _peer_errors() -> Iterator[None]:
     try:
         yield

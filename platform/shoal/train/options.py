@@ -21,7 +21,7 @@ from shoal.train.option_rules import (
     whole_number,
 )
 from shoal.train.revision import code_revision
-from shoal.train.spec import Precision, RunSpec, default_name, identity_of
+from shoal.train.spec import Precision, RunSpec, Strategy, default_name, identity_of
 
 if TYPE_CHECKING:
     from shoal.capacity import Resources
@@ -45,6 +45,7 @@ RULES = {
     "keep_best": Rule(whole_number(1), "a whole number, 1 or more, such as 3"),
     "exact": Rule(lambda value: isinstance(value, bool), "True or False"),
     "shards": Rule(whole_number(1), "a whole number, 1 or more, such as 8; it goes with exact"),
+    "strategy": Rule(one_of(*get_args(Strategy)), "'ddp', 'fsdp' or 'hybrid'"),
     "on_nan": Rule(one_of(*get_args(OnNan)), "'fail', 'skip' or 'rollback'"),
     "init_from": Rule(is_text, "a version of a model as text, such as 'digits@1'"),
 }
@@ -80,6 +81,8 @@ class RunOptions:
     shards: int | None = None
     """Of an exact run, into how many shards every batch is divided, which is the most workers it can have.
     None: the file's."""
+    strategy: Strategy | None = None
+    """What every worker holds of the model and the optimizer. None: the file's."""
     on_nan: OnNan | None = None
     """What to do when a loss is NaN or infinite: ``fail``, ``skip`` the batch, or ``rollback`` to the last checkpoint
     and skip it from there. None: the file's."""
@@ -138,7 +141,7 @@ def plan_run(
 
     Raises:
         RequestError: the recipe's own ``steps`` cannot be; an exact run whose batch has fewer samples than shards;
-            shards of a run that is not to be exact.
+            shards of a run that is not to be exact; an exact run with another strategy than ddp.
     """
     steps = recipe.steps if options.steps is None else options.steps
     if not RULES["steps"].fits(steps):
@@ -151,6 +154,12 @@ def plan_run(
             f"exact: a batch of {recipe.batch_size} samples cannot be divided into {shards} shards; "
             f"set shards={recipe.batch_size} or less, or raise batch_size"
         )
+    strategy = config.train.strategy if options.strategy is None else options.strategy
+    if shards is not None and strategy != "ddp":
+        raise RequestError(
+            f"strategy={strategy}: an exact run takes ddp, where every worker sums in one order; "
+            "leave one of the two out"
+        )
     identity = identity_of(
         recipe, seed=options.seed, precision=options.precision, shards=shards, init_from=init_name
     )
@@ -162,6 +171,7 @@ def plan_run(
         seed=options.seed,
         precision=options.precision,
         shards=shards,
+        strategy=strategy,
         on_nan=config.train.on_nan if options.on_nan is None else options.on_nan,
         checkpoint_every_s=(config.train.checkpoint_every if every is None else interval(every)).seconds,
         keep=config.train.keep if options.keep is None else options.keep,

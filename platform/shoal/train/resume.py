@@ -138,6 +138,7 @@ def facts(spec: RunSpec, group: Group) -> dict[str, Any]:
         "device": group.device.type,
         "threads": torch.get_num_threads(),
         "precision": spec.precision,
+        "strategy": spec.strategy,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
@@ -182,8 +183,7 @@ def record_checkpoint(record: RunRecord, checkpoint: Path, values: Mapping[str, 
 def _load(session: Session, loaded: Loaded, spec: RunSpec, record: RunRecord) -> None:
     group = session.group
     try:
-        session.model.load_state_dict(loaded.model)
-        session.optimizer.load_state_dict(loaded.optimizer)
+        session.load_state(loaded.model, loaded.optimizer)
         if session.scheduler is not None and loaded.scheduler is not None:
             session.scheduler.load_state_dict(loaded.scheduler)
     except (RuntimeError, ValueError, KeyError) as err:
@@ -210,7 +210,7 @@ def _load(session: Session, loaded: Loaded, spec: RunSpec, record: RunRecord) ->
 def _load_weights(session: Session, package: Path, *, expect: str | None) -> None:
     ModelPackage.open(package, expect=expect)
     try:
-        session.model.load_state_dict(load_tensors(package / WEIGHTS))
+        session.load_state(load_tensors(package / WEIGHTS))
     except RuntimeError as err:
         raise RecipeError(
             f"init_from: the weights in {package} do not fit this recipe's model: {err}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -29,7 +29,7 @@ from shoal.train.pulse import heart
 from shoal.train.reduce import GradientBuckets, Wishes
 from shoal.train.scheme import exact, fast
 from shoal.train.seeds import derive_seed, seed_everything
-from shoal.train.spec import Precision
+from shoal.train.spec import Precision, Strategy
 from shoal.train.tree import share_of
 
 
@@ -56,6 +56,19 @@ class Boundary(Protocol):
             BeginAgain: it is to be left out from the last checkpoint on.
         """
         ...
+
+
+class Gradients(Protocol):
+    """Sums gradients, and a few numbers with them, over the parts and workers of a step; see `GradientBuckets`."""
+
+    rider: dict[torch.dtype, torch.Tensor]
+
+    def begin(self, index: int) -> None: ...
+    def set_control(self, loss: torch.Tensor, wishes: Wishes) -> None: ...
+    def end(self) -> None: ...
+    def finish(self) -> tuple[float, Wishes]: ...
+    def are_finite(self) -> bool: ...
+    def close(self) -> None: ...
 
 
 @dataclass
@@ -89,6 +102,7 @@ class Session:
         seed: int,
         target_steps: int,
         precision: Precision = "fp32",
+        strategy: Strategy = "ddp",
         shards: int | None = None,
         on_nan: OnNan = "fail",
         clock: Callable[[], float] = time.monotonic,
@@ -121,19 +135,19 @@ class Session:
         self._order = DataOrder(num_train, recipe.batch_size, derive_seed(seed, "order"))
         seed_everything(derive_seed(seed, "init"))
         self.model: nn.Module = recipe.build_model().to(group.device)
+        self._share_initial_weights()
+        self.is_divided = strategy != "ddp" and group.size > 1
+        """Whether each worker holds only a part of parameters and optimizer state."""
+        if self.is_divided:
+            from shoal.train.sharded import shard_model
+
+            self._mesh = shard_model(self.model, group, strategy)
         self.optimizer = recipe.build_optimizer(self.model)
         self.scheduler = recipe.build_scheduler(self.optimizer)
         self._scheme = fast(group) if shards is None else exact(self.model, group, shards)
-        self._share_initial_weights()
         self._buffers = Buffers(self.model, self._scheme.num_shards, rewinds=on_nan != "fail")
         self._seed_for("begin")
-        self._gradients = GradientBuckets(
-            self.model.parameters(),
-            self._scheme.additions,
-            self._scheme.exchange,
-            device=group.device,
-            riders=self._buffers.riders,
-        )
+        self._gradients = self._build_gradients()
         self._phase = "step"
         self._part = 0
 
@@ -229,7 +243,8 @@ class Session:
         self._buffers.land(self._gradients.rider)
         self._seed_for("step", self.steps_done)  # what the optimizer draws must be the same on every worker
         if max_grad_norm is not None:
-            self.log(grad_norm=nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm))
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
+            self.log(grad_norm=norm.full_tensor() if self.is_divided else norm)  # type: ignore[attr-defined]
         self.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
@@ -293,6 +308,25 @@ class Session:
         self._count_step()
         self._ended = self._boundary.after_step(self, wishes)
 
+    def load_state(
+        self, model: Mapping[str, torch.Tensor], optimizer: Mapping[str, Any] | None = None
+    ) -> None:
+        """Take whole tensors as the model's, and an optimizer's state as the optimizer's.
+
+        Raises:
+            RuntimeError, ValueError, KeyError: they do not fit.
+        """
+        if self.is_divided:
+            from shoal.train import sharded
+
+            sharded.load_model(self.model, model)
+            if optimizer is not None:
+                sharded.load_optimizer(self.optimizer, optimizer)
+            return
+        self.model.load_state_dict(model)
+        if optimizer is not None:
+            self.optimizer.load_state_dict(dict(optimizer))
+
     def rewind(self) -> None:
         """Make the state that of the last step boundary again, when a lost peer ended the step under way.
 
@@ -353,11 +387,27 @@ class Session:
             for name, value in found.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * weight
             heart.beat()
+        if self.is_divided:
+            self._keep_company(dataset, len(share))
         return sums, len(share)
 
+    def _keep_company(self, dataset: Dataset[Any], num_measured: int) -> None:
+        """Run the model as often as whoever has the most batches to measure: peers need this rank's part of it."""
+        size = self.recipe.batch_size
+        longest = math.ceil(len(dataset) / self._scheme.num_shards)  # type: ignore[arg-type]
+        for _ in range(math.ceil(longest / size) - math.ceil(num_measured / size)):
+            for batch in evaluation_loader(self.data, dataset, range(1), size):
+                batch = to_device(batch, self.group.device)
+                self.recipe.loss(self.model, batch)
+                self.recipe.metrics(self.model, batch)
+
     def close(self) -> None:
-        """Take the hooks off the model."""
+        """Take the hooks off the model, and let go of the process group."""
         self._gradients.close()
+        if self.is_divided:
+            from shoal.train.sharded import release
+
+            release(self.model, self._mesh)
 
     def _seed_for(self, *what: int | str) -> None:
         seed_everything(derive_seed(self._seed, *what))
@@ -378,6 +428,19 @@ class Session:
         """The share of the batch's samples that this batch is."""
         shard = self._scheme.mine[self._part]
         return len(self._order.positions(0, shard, self._scheme.num_shards)) / self.recipe.batch_size
+
+    def _build_gradients(self) -> Gradients:
+        if self.is_divided:
+            from shoal.train.sharded import ShardedGradients
+
+            return ShardedGradients(self.model, self.group, riders=self._buffers.riders)
+        return GradientBuckets(
+            self.model.parameters(),
+            self._scheme.additions,
+            self._scheme.exchange,
+            device=self.group.device,
+            riders=self._buffers.riders,
+        )
 
     def _share_initial_weights(self) -> None:
         for tensor in [*self.model.parameters(), *self.model.buffers()]:

@@ -16,6 +16,8 @@ from shoal.train.bad_steps import OnNan
 
 Precision = Literal["fp32", "bf16"]
 """Of the forward pass."""
+Strategy = Literal["ddp", "fsdp", "hybrid"]
+"""What of a run's state every worker holds: all of it; its part, of all workers' or of its machine's (`sharded`)."""
 EvalListener = Callable[[int, Mapping[str, float]], None]
 """Told on rank 0 of every look at the validation data: (step, values)."""
 
@@ -40,6 +42,7 @@ class RunSpec:
     target_steps: int
     seed: int = 0
     precision: Precision = "fp32"
+    strategy: Strategy = "ddp"
     shards: int | None = None
     """Into how many virtual shards an exact run divides every batch; None for a fast run."""
     on_nan: OnNan = "fail"
@@ -81,13 +84,15 @@ class RunSpec:
 def identity_of(
     recipe: Recipe, *, seed: int, precision: Precision, shards: int | None, init_from: str | None
 ) -> dict[str, Any]:
-    """A run's identity: recipe, fields, seed, strategy, precision and starting weights, JSON-able."""
+    """A run's identity: recipe, fields, seed, precision and starting weights, JSON-able.
+
+    Not the strategy, nor the number of workers: a run may go on with others.
+    """
     return {
         "recipe": recipe_ref(recipe),
         "objective": {"metric": recipe.objective.metric, "mode": recipe.objective.mode},
         "fields": field_values(recipe),
         "seed": seed,
-        "strategy": "ddp",
         "precision": precision,
         "exact": shards is not None,
         **({} if shards is None else {"shards": shards}),

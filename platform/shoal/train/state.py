@@ -80,5 +80,10 @@ def _key(key: Any, what: str) -> Any:
 
 
 def snapshot(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy on the CPU that shares no memory with the original."""
+    """A contiguous copy on the CPU that shares no memory with the original.
+
+    Of a tensor that is divided among workers, the whole: every rank must ask for it.
+    """
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
