@@ -369,12 +369,14 @@ def parse_fields(cls: type[Recipe], assignments: list[str]) -> Recipe:
     """The recipe from shell words such as ``lr=1e-3``; pydantic turns the text into the field's type.
 
     Raises:
-        RecipeError: a word without ``=``, an unknown field, or text that does not fit the field's type.
+        RecipeError: a word without ``=``, a field that is named twice or unknown, or text that does not fit its type.
     """
     values: dict[str, str] = {}
     for word in assignments:
         name, equals, text = word.partition("=")
         if not equals:
             raise RecipeError(f"{word!r} is not of the form field=value, such as lr=1e-3")
+        if name in values:
+            raise RecipeError(f"{name}: given twice, as {values[name]!r} and {text!r}; keep one")
         values[name] = text
     return from_fields(cls, values)

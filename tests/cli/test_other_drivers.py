@@ -42,6 +42,11 @@ def test_a_detached_run_has_the_fields_that_were_typed(words: list[str]) -> None
     assert field_values(parse_fields(Tagged, shlex.split(command)[9:-1])) == field_values(recipe)
 
 
+def test_a_field_that_is_typed_twice_is_refused_with_both_values() -> None:
+    with pytest.raises(RecipeError, match=r"lr: given twice, as '0\.1' and '0\.2'"):
+        parse_fields(Tagged, ["lr=0.1", "lr=0.2"])
+
+
 def test_under_torchrun_a_run_starts_from_a_version_on_storage(project: Path) -> None:
     version = project / ".shoal" / "models" / "digits" / "12"
     version.mkdir(parents=True)
