@@ -40,7 +40,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from benchmarks.ratios import paired_ratio
 from shoal.recipe import minimize
-from shoal.storage import Fence
+from shoal.storage import DiskStore, Fence
 from shoal.storage.background import NICENESS
 from shoal.train.checkpoint_writer import CheckpointWriter
 from shoal.train.checkpoints import Snapshot, take_snapshot, tensors_of
@@ -116,11 +116,12 @@ def ours(training: Training, folder: Path, write_s: list[float]) -> Iterator[tup
     def failed(snap: Snapshot, error: Exception) -> None:
         print(f"  shoal could not save: {error}", flush=True)
 
-    token = Fence(folder / "fence").take()
+    token = Fence(DiskStore(folder / "fence")).take()
     token.begin({})
     writer = CheckpointWriter(
         folder / "shoal",
         keep=1,
+        keep_best=1,
         objective=minimize("loss"),
         token=token,
         on_commit=committed,
