@@ -133,7 +133,7 @@ def _fork(group: Group, rank: int, rendezvous: Path) -> int:
 def _work(group: Group, rank: int, rendezvous: Path) -> None:
     import torch.distributed as dist
 
-    from shoal.train import cadence
+    from shoal.train import cadence, checkpoints
     from shoal.train import group as room
     from shoal.train.engine import train_worker
     from shoal.train.spec import RunSpec
@@ -151,6 +151,8 @@ def _work(group: Group, rank: int, rendezvous: Path) -> None:
     if group.who_dies is None or rank in group.who_dies:
         ElasticToy.die_at_step = group.die_at_step
     ElasticToy.has_checkpoints = group.checkpoint_every_s < 1e6
+    if group.strategy != "ddp":
+        checkpoints.BACKGROUND_MIN_BYTES = 0  # a toy is treated like a large model, which nobody has whole
     if group.machines:
         socket.gethostname = lambda: group.machines[rank]
     ElasticToy.record = RunRecord(Storage(Path(group.storage)), group.name)

@@ -178,7 +178,7 @@ class RunBoundary:
         if self._is_prepared:
             return
         self._is_prepared = True
-        if self._writer is None or self._staging is None or self._writer.is_writing:
+        if self._writer is None or self._staging is None or self._writer.is_writing or session.is_divided:
             return
         files = tensors_of(session.model, session.optimizer, session.scheduler)
         if is_large(files):
@@ -293,7 +293,9 @@ class RunBoundary:
             run=self._run,
             values=values,
             token=self._token,
-            staging=self._staging,
+            staging=None
+            if session.is_divided
+            else self._staging,  # whole tensors are made of parts one by one
             may_overlap=self._may_overlap,
         )
 
