@@ -235,6 +235,10 @@ def test_a_death_that_no_line_tells_was_at_the_last_sign_of_life() -> None:
     timeline = timeline_of([start(0), steps(4, 40), found, start(9, step=40), steps(13, 80)])
     assert spans(timeline) == [("steps", 0, 4), ("recovering", 4, 9), ("steps", 9, 13)]
     assert timeline.recoveries_s == (5.0,)
+    assert (row(timeline, "checkpoint").seconds, "found by" in row(timeline, "checkpoint").detail) == (
+        None,
+        True,
+    )
     kinds = [moment.kind for moment in timeline.moments if moment.kind != "checkpoint"]
     assert kinds == ["start", "vanished", "recovery", "start", "vanished"]
 

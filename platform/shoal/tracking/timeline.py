@@ -372,13 +372,14 @@ class _Reader:
             self._lay(Doing.SAVING, written_from - pause_s, written_from, over=_TRAINING)
             self._alive = t
         size = _number(event, "size_bytes") or 0.0
+        found = "" if seconds > 0 else ", found by the attempt that goes on from it"
         paused = f", training stood still for {pause_s * 1000:.1f} ms" if pause_s else ""
         self._say(
             t - seconds,
             "checkpoint",
             step=step,
-            seconds=seconds,
-            detail=f"{size / 2**20:.1f} MiB{paused}",
+            seconds=seconds if seconds > 0 else None,
+            detail=f"{size / 2**20:.1f} MiB{found}{paused}",
         )
 
     def _stall(self, t: float, event: Event) -> None:

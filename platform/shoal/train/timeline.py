@@ -169,7 +169,8 @@ def _as_one(checkpoints: list[Moment]) -> Iterator[Moment]:
     if len(checkpoints) < 3:
         yield from checkpoints
         return
-    mean_s = statistics.fmean(moment.seconds or 0.0 for moment in checkpoints)
+    written_s = [moment.seconds for moment in checkpoints if moment.seconds is not None]
+    mean_s = statistics.fmean(written_s or [0.0])
     steps = [moment.step for moment in checkpoints if moment.step is not None]
     where = f" from step {steps[0]:,}" if steps else ""
     yield replace(
