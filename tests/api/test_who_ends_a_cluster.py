@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +50,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
     monkeypatch.setattr(connection, "ensure_tracker", lambda _: None)
     monkeypatch.setattr(connection, "detach", lambda: None)
     monkeypatch.setattr(connection.clusters, "find", lambda _: None)
-    monkeypatch.setattr(connection.clusters, "down", fakes.downs.append)
+    monkeypatch.setattr(connection, "_down_apart", fakes.downs.append)
     monkeypatch.setattr(connection.atexit, "register", register)
     return fakes
 
@@ -88,3 +89,14 @@ def test_what_shoal_up_starts_stays(tmp_path: Path, fakes: Fakes) -> None:
     project = write_project(tmp_path)
     connection.bring_up(load(project), project, say=print)
     assert (len(fakes.prepared), fakes.at_exit) == (1, [])
+
+
+def test_the_end_outlives_the_process_that_asked_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    connection._down_apart(write_project(tmp_path))  # no cluster runs: it says nothing
+    assert capfd.readouterr() == ("", "")
+    session = "import os, sys; open(sys.argv[1] + '/session', 'w').write(str(os.getsid(0)))"
+    monkeypatch.setattr(connection, "_DOWN", session)
+    connection._down_apart(tmp_path)
+    assert (tmp_path / "session").read_text() != str(os.getsid(0)), "signals to our group reach it"

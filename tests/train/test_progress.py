@@ -138,6 +138,15 @@ def test_the_time_that_is_left_is_whole_on_100_columns() -> None:
     assert captured.get().split()[-3:] == ["2", "workers", "--:--"]
 
 
+def test_a_notebook_draws_anew_with_ipywidgets_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FORCE_COLOR")
+    notebook = Console(force_jupyter=True, force_terminal=False)
+    for found, live in ((None, False), (object(), True)):
+        monkeypatch.setattr(progress.importlib.util, "find_spec", lambda _, found=found: found)
+        assert progress.is_live(notebook) is live
+    assert progress.is_live(Console(force_terminal=True))
+
+
 def hang(record: RunRecord) -> None:
     report = StallReport(
         [1], [4711], 1040, "step", 5.2, "did not move", ["model.py:12 in loss"], "rank 1: ...", True

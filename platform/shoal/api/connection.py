@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
     from shoal.cluster import ClusterInfo
 
 logger = logging.getLogger(__name__)
+
+_DOWN = "import sys; from pathlib import Path; from shoal.cluster import down; down(Path(sys.argv[1]))"
+_DOWN_TIMEOUT_S = 60.0
+"""How long a process waits at its end for its cluster's; `shoal.cluster.down` has deadlines of its own."""
 
 
 def connect(project: Path | str | None = None) -> Cluster:
@@ -98,7 +104,28 @@ def _end(info: ClusterInfo) -> None:
     detach()
     recorded = read_record(info.record)
     if recorded is not None and recorded.cluster_id == info.cluster_id:
-        clusters.down(info.project)
+        _down_apart(info.project)
+
+
+def _down_apart(project: Path) -> None:
+    """End the project's cluster from a process that goes on when this one is killed, and wait for it.
+
+    Jupyter asks a kernel to end, sends SIGTERM 2.5 s later and SIGKILL after 5 s (its ``shutdown_wait_time``): too
+    soon for a cluster, half of which was left running.
+    """
+    library = str(Path(__file__).resolve().parents[2])
+    paths = os.pathsep.join(filter(None, (library, os.environ.get("PYTHONPATH"))))
+    ender = subprocess.Popen(
+        [sys.executable, "-c", _DOWN, str(project)],
+        env={**os.environ, "PYTHONPATH": paths},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        ender.wait(_DOWN_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        logger.warning("the cluster of %s did not end within %g s: shoal down", project, _DOWN_TIMEOUT_S)
 
 
 def _check_same_places(config: ClusterConfig, info: ClusterInfo) -> None:

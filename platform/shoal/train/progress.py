@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from shoal.tracking.journal import TROUBLE
 from shoal.train.stall import stall_text
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import ProgressColumn
 
 PLAIN_INTERVAL_S = 5.0
@@ -35,6 +37,11 @@ class Silent:
         """Show nothing."""
 
 
+def is_live(console: Console) -> bool:
+    """Whether rich can draw anew what stands there: on a terminal, and in a notebook that has ipywidgets."""
+    return console.is_terminal or (console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None)
+
+
 @contextmanager
 def reporter(
     record: RunRecord,
@@ -56,7 +63,7 @@ def reporter(
 
     console = Console()
     feed = _Feed(record, since, waits_for)
-    if not (console.is_terminal or console.is_jupyter):
+    if not is_live(console):
         plain = _Plain(feed, lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True))
         yield plain
         plain.update(force=True)

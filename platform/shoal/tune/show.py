@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shoal.recipe import Objective
-from shoal.train.progress import Reporter, Silent
+from shoal.train.progress import Reporter, Silent, is_live
 from shoal.tune.record import Trial, TrialState, best_trial
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def reporter(sweep: Watched, num_trials: int, *, enabled: bool) -> Iterator[Repo
     from rich.console import Console
 
     console = Console()
-    if not (console.is_terminal or console.is_jupyter):
+    if not is_live(console):
         yield Plain(
             sweep, num_trials, lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)
         )
