@@ -142,7 +142,7 @@ def test_a_parent_that_is_killed_takes_it_along(tmp_path: Path, memory: int) -> 
     assert start_ticks(pid) is not None
     os.kill(parent, signal.SIGKILL)
     wait_child(parent)
-    wait_until(lambda: start_ticks(pid) is None, "the process is gone")
+    wait_until(lambda: start_ticks(pid) is None, "the process is gone", timeout_s=30)
     for child in children:
         if int(child) != pid:
             os.kill(int(child), signal.SIGKILL)

@@ -81,6 +81,23 @@ def test_checkpoints_are_byte_for_byte_those_that_are_written_at_once(
     assert start_ticks(started[0]) is None
 
 
+def test_a_copy_that_is_late_is_finished_before_the_optimizer_steps(
+    tmp_path: Path, started: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what a forward pass changes, BatchNorm's buffers, was copied before that."""
+    complete, never = checkpoints.Snapshot.complete, threading.Event()
+
+    def late(snap: checkpoints.Snapshot) -> None:
+        never.wait(0.02)  # some steps
+        complete(snap)
+
+    monkeypatch.setattr(checkpoints.Snapshot, "complete", late)
+    record = train(tmp_path, Steady(eval_every=60))
+    assert record.state() == RunState.FINISHED
+    assert not record.events(("warning",)), "none was torn"
+    assert len(contents(record)) > 2
+
+
 def test_how_often_changes_no_bit(tmp_path: Path, started: list[int]) -> None:
     often, auto = (train(tmp_path / str(every_s), checkpoint_every_s=every_s) for every_s in (0.0, None))
     assert len(contents(often)) > len(contents(auto))
