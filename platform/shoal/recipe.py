@@ -77,6 +77,8 @@ class Datasets:
     """Makes a batch of a list of samples; None for torch's ``default_collate``."""
     loader_workers: int = 0
     """Processes that load samples, per worker of the run; 0 loads in the training process."""
+    tries: int = 3
+    """How often a training sample whose loading raises is tried again before another takes its place for good."""
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)

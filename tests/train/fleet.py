@@ -51,6 +51,12 @@ class Group:
     strategy: Strategy = "ddp"
     machines: list[str] = field(default_factory=list)
     """What the rank's machine says that its name is; empty: the truth."""
+    memory: int | None = None
+    """How many samples at a time fit into rank 1's memory."""
+    memory_in: str = "forward"
+    """Where it is missed: there, in ``backward`` or in ``optimizer``."""
+    unreadable: list[int] = field(default_factory=list)
+    """Training samples whose loading raises."""
     kill_at: str = ""
     """Where rank 0 of a group that is resized dies: ``ordered``, ``committed``, ``written``; empty: nowhere."""
 
@@ -133,7 +139,7 @@ def _fork(group: Group, rank: int, rendezvous: Path) -> int:
 def _work(group: Group, rank: int, rendezvous: Path) -> None:
     import torch.distributed as dist
 
-    from shoal.train import cadence, checkpoints
+    from shoal.train import cadence, checkpoints, reduce
     from shoal.train import group as room
     from shoal.train.engine import train_worker
     from shoal.train.spec import RunSpec
@@ -147,6 +153,10 @@ def _work(group: Group, rank: int, rendezvous: Path) -> None:
     if rank == 0:
         die_at(group.kill_at)
     ElasticToy.resizes = group.resizes
+    ElasticToy.memory, ElasticToy.memory_in = group.memory, group.memory_in
+    if group.memory is not None:
+        reduce.BUCKET_BYTES = 1  # so that some of the gradients are on their way
+    ElasticToy.unreadable = group.unreadable
     ElasticToy.poison = group.poison
     if group.who_dies is None or rank in group.who_dies:
         ElasticToy.die_at_step = group.die_at_step

@@ -483,19 +483,20 @@ def test_a_full_disk_keeps_training_and_fails_only_where_the_last_checkpoint_can
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = checkpoints.write_snapshot
-    full = True
 
     def write_or_fail(directory: Path, snap: checkpoints.Snapshot) -> int:
-        if full and snap.step < 60:
-            raise StorageError(
-                f"cannot commit {directory}: {OSError(errno.ENOSPC, 'No space left on device')}"
-            )
+        if snap.step < 60:
+            error = OSError(errno.ENOSPC, "No space left on device")
+            raise StorageError(f"cannot commit {directory}: {error}.") from error
         return write(directory, snap)
 
     monkeypatch.setattr(checkpoint_writer, "write_snapshot", write_or_fail)
     record = train(spec_of(tmp_path))
     assert record.state() == RunState.FINISHED
-    assert "No space left" in record.events(("warning",))[0]["message"]
+    began, over = record.events(("disk_full",))
+    assert "No space left" in began["message"]
+    assert "no checkpoint at step 20" in began["message"]
+    assert [event["is_over"] for event in (began, over)] == [False, True], "said once, and when it is over"
 
 
 def trained_package(tmp_path: Path, *, version: int) -> tuple[RunRecord, Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -28,10 +29,21 @@ class ElasticToy(Toy):
     poison = ()
     die_at_step = None
     has_checkpoints = False
+    unreadable = ()
+    memory = None
+    memory_in = ""
 
     def build_data(self) -> shoal.Datasets:
         data = super().build_data()
-        return shoal.Datasets(train=_numbered(data.train), val=_numbered(data.val))
+        return shoal.Datasets(train=_Partly(_numbered(data.train), self.unreadable), val=_numbered(data.val))
+
+    def allocate(self, where: str, session: shoal.Session, batch: Any) -> None:
+        """Find no memory, from step 5 on, where the batch is too large for rank 1."""
+        is_too_much = self.memory is not None and len(batch[0]) > self.memory
+        if is_too_much and where == self.memory_in and session.group.rank == 1 and session.steps_done >= 5:
+            raise RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+            )
 
     def loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
         return super().loss(model, batch[:2])
@@ -42,6 +54,8 @@ class ElasticToy(Toy):
     def train(self, session: shoal.Session) -> None:
         record: RunRecord = self.record
         seen: dict[int, list[int]] = {}
+        session.model[0].weight.register_hook(lambda grad: self.allocate("backward", session, batch))
+        session.optimizer.register_step_post_hook(lambda *_: self.allocate("optimizer", session, batch))
         for batch in session.batches():
             step = session.steps_done
             seen.setdefault(step, []).extend(batch[2].tolist())
@@ -49,6 +63,7 @@ class ElasticToy(Toy):
                 record.resizing.order(record.attempt, self.resizes[step])
             if step == self.die_at_step:
                 self._die()
+            self.allocate("forward", session, batch)
             loss = session.loss(batch)
             session.backward(loss * math.nan if step in self.poison and session.group.is_first else loss)
             session.step()
@@ -93,6 +108,21 @@ def _die_in(method: str, *, after: bool) -> None:
         return result
 
     setattr(RunBoundary, method, dying)
+
+
+class _Partly(Dataset[Any]):
+    """Some of whose samples cannot be loaded."""
+
+    def __init__(self, data: TensorDataset, unreadable: Collection[int]) -> None:
+        self._data, self._unreadable = data, unreadable
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> Any:
+        if index in self._unreadable:
+            raise OSError(f"no such picture: {index}")
+        return self._data[index]
 
 
 def _numbered(data: Dataset[Any]) -> TensorDataset:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from shoal.config import ClusterConfig, Range
     from shoal.recipe import Datasets, Recipe
     from shoal.train.options import RunOptions
+    from shoal.train.quarantine import BadSample
     from shoal.train.reduce import Wishes
     from shoal.train.session import Session
     from shoal.train.spec import RunSpec
@@ -25,6 +26,9 @@ class _OneStep:
         from shoal.train.reduce import Wishes
 
         return Wishes()
+
+    def bad_sample(self, bad: BadSample) -> None:
+        pass  # the session has logged why
 
     def bad_step(self, step: int, samples: list[int], reason: str) -> None:
         raise AssertionError("on_nan is 'fail' here")

@@ -15,7 +15,7 @@ from shoal.storage.commit import (
     newest_verified,
     verify,
 )
-from shoal.storage.disk import Disk, make_directories, open_plain
+from shoal.storage.disk import Disk, is_full, make_directories, open_plain
 from shoal.storage.fence import NO_TOKEN, Fence, Succession, Token
 from shoal.storage.files import create_json, read_json, write_json
 from shoal.storage.identity import claim, differences
@@ -53,6 +53,7 @@ __all__ = [
     "differences",
     "discard",
     "discard_unread",
+    "is_full",
     "is_name",
     "make_directories",
     "newest_verified",

@@ -163,6 +163,15 @@ def storage_error(action: str, path: Path, error: OSError) -> StorageError:
     )
 
 
+def is_full(error: BaseException | None) -> bool:
+    """Whether the disk, or this user's share of it, had no room left: that is what ``error`` says or comes from."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__
+    return False
+
+
 def free_bytes(path: Path) -> int:
     """Bytes that this user may still write on the file system of ``path`` (or of its nearest parent)."""
     return shutil.disk_usage(nearest_existing(path)).free

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Event = dict[str, Any]
 """One journal line."""
 
-TROUBLE = frozenset({"warning", "bad_step"})
+TROUBLE = frozenset({"warning", "bad_step", "disk_full", "out_of_memory", "quarantined"})
 """What somebody should read, in the line's ``message``."""
 TIMES = frozenset({"driver", "grant", "first_step", "lost"})
 """What only a timeline needs."""

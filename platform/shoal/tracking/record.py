@@ -173,8 +173,10 @@ class RunRecord:
         """
         if self._guard is not None:
             self._guard()
-        attempt = max(1, self._catch_up().attempt + (kind == "start"))
-        line = encode(kind, t=self._clock(), attempt=attempt, fields=fields)
+        attempt = max(1, self.attempt + (kind == "start"))
+        self._write(kind, encode(kind, t=self._clock(), attempt=attempt, fields=fields))
+
+    def _write(self, kind: str, line: str) -> None:
         append_line(self.journal_path, line)
 
     def note(self, kind: str, **fields: Any) -> None:

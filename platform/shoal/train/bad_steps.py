@@ -50,6 +50,8 @@ class BadSteps:
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE
         self._found: dict[int, BadStep] = {}
+        self.is_written = True
+        """Whether the file has them all, as far as this process knows."""
 
     def know(self, found: Iterable[BadStep]) -> None:
         """Those that are recorded already."""
@@ -63,6 +65,7 @@ class BadSteps:
         """
         bad = BadStep(step=step, reason=reason, samples=list(samples)[:MAX_SAMPLES])
         self._found[step] = bad
+        self.is_written = False
         in_a_row = range(step - MAX_IN_A_ROW, step + 1)
         if len(self._found) > MAX_BAD_STEPS or all(each in self._found for each in in_a_row):
             raise RecipeError(
@@ -80,6 +83,7 @@ class BadSteps:
         """
         if self._found:
             write_json(self._path, [asdict(bad) for _, bad in sorted(self._found.items())])
+        self.is_written = True
 
 
 def read_bad_steps(folder: Path) -> list[BadStep]:

@@ -7,16 +7,19 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.errors import RecipeError, ShoalError, StorageError, SupersededError
+from shoal.errors import PeerLost, RecipeError, ShoalError, StorageError, SupersededError
 from shoal.recipe import Recipe
-from shoal.storage import Token, collect_orphans
-from shoal.tracking import RunRecord, RunState
+from shoal.storage import Token, collect_orphans, is_full
+from shoal.tracking import RunState
 from shoal.train.bad_steps import BadSteps, BeginAgain
 from shoal.train.cadence import Cadence
 from shoal.train.checkpoint_writer import CheckpointWriter
 from shoal.train.checkpoints import Snapshot, is_large, take_snapshot, tensors_of, write_snapshot
 from shoal.train.group import Group
+from shoal.train.out_of_memory import is_out_of_memory, write_micro_batch
+from shoal.train.patient_record import PatientRecord
 from shoal.train.pulse import heart
+from shoal.train.quarantine import BadSample, record_bad_sample
 from shoal.train.reduce import Wishes
 from shoal.train.resume import Beginning, facts, record_checkpoint
 from shoal.train.session import Session
@@ -37,7 +40,7 @@ class RunBoundary:
     """The `session.Boundary` of a run that keeps a record; rank 0 writes it. `begin` before the first step."""
 
     def __init__(
-        self, spec: RunSpec, group: Group, record: RunRecord, token: Token, on_eval: EvalListener | None
+        self, spec: RunSpec, group: Group, record: PatientRecord, token: Token, on_eval: EvalListener | None
     ) -> None:
         self._spec, self._group, self._record, self._on_eval = spec, group, record, on_eval
         self._token = token
@@ -146,7 +149,8 @@ class RunBoundary:
             values = self._evaluate(session)
             self._evaluated = session.steps_done, values
         is_best = self._is_among_best(session, values)
-        if any(wishes) or is_last or is_best or (values and self._spec.checkpoint_at_eval):
+        is_wished = wishes.checkpoint or wishes.stop or wishes.resize
+        if is_wished or is_last or is_best or (values and self._spec.checkpoint_at_eval):
             self._save(session, values, is_awaited=is_end or wishes.resize or self._spec.checkpoint_at_eval)
         self._prepare(session)
         if values and self._spec.checkpoint_at_eval:
@@ -155,12 +159,29 @@ class RunBoundary:
             self._on_eval(session.steps_done, values)  # last: it may take its time, or raise
         return is_end or (wishes.resize and self._is_committed(session))
 
+    def bad_sample(self, bad: BadSample) -> None:
+        self._token.check()
+        try:
+            if not record_bad_sample(self._record.dir, bad):
+                return
+        except StorageError as err:
+            if not is_full(err):
+                raise
+            self._record.is_full("quarantine", f"the sample {bad.sample} is not noted: {err}")
+        message = (
+            f"the sample {bad.sample} could not be loaded {bad.tries} time(s) ({bad.error}): from step {bad.step} on "
+            "others take its place"
+        )
+        self._record.append(
+            "quarantined", step=bad.step, sample=bad.sample, tries=bad.tries, error=bad.error, message=message
+        )
+
     def bad_step(self, step: int, samples: list[int], reason: str) -> None:
         self._bad_steps.add(step, samples=samples, reason=reason)
         is_rollback = self._spec.on_nan == "rollback"
         if self._group.is_first:
             self._token.check()
-            self._bad_steps.write()  # before anything is saved without it
+            self._write_bad_steps(is_needed=is_rollback)  # before anything is saved without it
             then = "the run goes back to its last checkpoint, and " if is_rollback else ""
             self._record.append(
                 "bad_step",
@@ -172,6 +193,51 @@ class RunBoundary:
             )
         if is_rollback:
             raise BeginAgain
+
+    def out_of_memory(self, session: Session, error: Exception | None) -> None:
+        """Have the run go on with fewer samples at a time; ``error`` is this rank's, None where a peer ran out.
+
+        Every rank calls it in the same step, or one that could not tell the others: those lose it as a peer.
+
+        Raises:
+            RecipeError: they cannot be fewer.
+            PeerLost: that one is this one.
+        """
+        step, samples = session.steps_done, session.smaller_micro_batch
+        if self._spec.shards is not None:
+            raise RecipeError(
+                f"step {step}: out of memory ({error}). The shards of an exact run have a fixed size, here "
+                f"{session.micro_batch} samples at most: start another run with more of them (shards="
+                f"{2 * self._spec.shards}), a smaller batch_size, or without exact"
+            ) from error
+        if samples is None:
+            raise RecipeError(
+                f"step {step}: out of memory with {session.micro_batch} sample(s) at a time, which cannot be fewer "
+                f"({error or 'on another worker'}). Make the model or the samples smaller"
+            ) from error
+        is_known = error is None or session.give_up_step()
+        if self._group.is_first or not is_known:
+            self._token.check()
+            write_micro_batch(self._record.dir, samples)
+            self._record.append(
+                "out_of_memory",
+                step=step,
+                samples=samples,
+                message=f"step {step} did not fit into memory with {session.micro_batch} samples at a time: from "
+                f"here on they are {samples} at most; the batch stays {self._spec.recipe.batch_size}",
+            )
+        if self._group.size > 1 and not is_known:
+            raise PeerLost(
+                f"step {step}: out of memory ({error}), too late to tell the other workers"
+            ) from error
+        try:
+            self.rescue(session)
+        except Exception as err:
+            if not is_out_of_memory(err):
+                raise
+        self._group.gather(
+            None
+        )  # who begins anew takes a token, under which nobody else may still be writing
 
     def _prepare(self, session: Session) -> None:
         """After the first step, when the optimizer has a state: make ready for large snapshots."""
@@ -193,9 +259,23 @@ class RunBoundary:
             self._save(session, {}, is_awaited=True)  # a loop of the user's own that left early
         self._wait_written()
         if self._writer is not None:
-            self._writer.close()
-            self._write_last_line(session.steps_done)
+            self._close_writer(self._writer, session.steps_done)
         self._group.share(None)  # nobody leaves before the last line is written
+
+    def _close_writer(self, writer: CheckpointWriter, step: int) -> None:
+        """End the attempt; where there was no room for the last checkpoint, as failed: to start again makes none."""
+        try:
+            writer.close()
+        except StorageError as err:
+            if not is_full(err):
+                raise
+            failure = StorageError(
+                f"the run is at step {step}, and its last checkpoint could not be saved: {err} The same command goes "
+                "on from the checkpoint before it"
+            )
+            self._record.append_end(RunState.FAILED, step=step, failure=failure)
+        else:
+            self._write_last_line(step)
 
     def _write_last_line(self, step: int) -> None:
         if step >= self._spec.target_steps:
@@ -212,10 +292,10 @@ class RunBoundary:
         Every survivor tries; one commits. What it cannot commit is left to the last checkpoint, and said. The line
         in the record is written by whoever goes on from it. Of a divided model nobody has the whole any more.
         """
-        session.rewind()
         self.close()
-        if session.is_divided:
+        if session.is_divided or not session.can_rewind:
             return
+        session.rewind()
         step, values = self._evaluated
         if session.steps_done == 0 or self._is_there(session) or self._record.state() == RunState.FINISHED:
             return
@@ -225,7 +305,7 @@ class RunBoundary:
             write_snapshot(self._record.checkpoints_dir, snap)
         except (StorageError, RecipeError) as err:
             if not self._is_there(session):  # else another survivor was faster
-                message = f"the step that a lost worker interrupted will be repeated: {err}"
+                message = f"the step that was interrupted will be repeated: {err}"
                 self._record.append("warning", message=message)
 
     def close(self) -> None:
@@ -279,6 +359,8 @@ class RunBoundary:
             return
         snap = self._snapshot(session, values)  # of a divided model every rank has a part to give
         if self._writer is not None:
+            if not self._bad_steps.is_written:
+                self._write_bad_steps(is_needed=False)
             snap.pause_s = time.monotonic() - began
             self._writer.submit(snap, is_awaited=is_awaited)
             self._cadence.checkpoint_taken()
@@ -342,6 +424,7 @@ class RunBoundary:
             pause_s=round(snap.pause_s, 6),
             values=snap.values,
         )
+        self._record.has_room("checkpoints")
 
     def _not_committed(self, snap: Snapshot, err: ShoalError) -> None:
         if isinstance(err, SupersededError):
@@ -350,5 +433,19 @@ class RunBoundary:
             return  # ends the run, in `before_update` or at its end
         if snap.staged is not None and snap.staged.copying.is_torn:
             self._may_overlap = False
-        message = f"no checkpoint at step {snap.step}: {err}. Training goes on; earlier checkpoints are kept"
-        self._record.append("warning", message=message)
+        message = f"no checkpoint at step {snap.step}: {err} Training goes on; earlier checkpoints are kept"
+        if is_full(err):
+            self._record.is_full("checkpoints", f"{message}, and the next is tried when it is due")
+        else:
+            self._record.append("warning", message=message)
+
+    def _write_bad_steps(self, *, is_needed: bool) -> None:
+        """Where the disk is full and the list is not needed yet, it waits for the next checkpoint."""
+        try:
+            self._bad_steps.write()
+        except StorageError as err:
+            if is_needed or not is_full(err):
+                raise
+            self._record.is_full("bad_steps.json", f"what was left out is not listed: {err}")
+        else:
+            self._record.has_room("bad_steps.json")

@@ -20,6 +20,7 @@ class Buffers:
 
     def __init__(self, model: nn.Module, num_shards: int, *, rewinds: bool = False) -> None:
         self._is_summed = num_shards > 1
+        self._is_kept = self._is_summed or rewinds or not any(True for _ in model.buffers())
         buffers = list(model.buffers()) if self._is_summed or rewinds else []
         self._floats = _by_dtype(b for b in buffers if b.is_floating_point())
         self._others = [b for b in buffers if not b.is_floating_point()]
@@ -29,6 +30,11 @@ class Buffers:
             {same[0].dtype: sum(b.numel() for b in same) for same in self._floats} if self._is_summed else {}
         )
         """How many numbers of each dtype are summed with the gradients."""
+
+    @property
+    def can_rewind(self) -> bool:
+        """Whether what `rewind` needs is kept, or there is nothing that it would change."""
+        return self._is_kept
 
     def begin(self, index: int) -> None:
         """Before the forward pass of this worker's ``index``-th part of a step."""

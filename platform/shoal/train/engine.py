@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
+import traceback
 from contextlib import nullcontext
 
 import torch
@@ -16,11 +18,15 @@ from shoal.train.bad_steps import BeginAgain
 from shoal.train.boundary import RunBoundary
 from shoal.train.group import Group, transport_errors
 from shoal.train.loader import build_data
+from shoal.train.out_of_memory import StepGivenUp, is_out_of_memory, read_micro_batch
+from shoal.train.patient_record import PatientRecord
 from shoal.train.pulse import heart
 from shoal.train.resume import check_data, restore, warn_of_changed_code
 from shoal.train.session import Session
 from shoal.train.spec import EvalListener, RunSpec
 from shoal.train.stamp import newest_token
+
+logger = logging.getLogger(__name__)
 
 LOCK_TIMEOUT_S = 20.0
 """How long a new rank 0 waits for the one before it to be gone for certain."""
@@ -37,9 +43,9 @@ def train_worker(spec: RunSpec, group: Group, *, on_eval: EvalListener | None = 
         SupersededError: somebody else has taken over the run; nothing more is written to its record.
         EnvironmentFailure: the machines failed (a lost peer, full storage); starting again may help.
     """
-    record = RunRecord(spec.storage, spec.name)
+    record = PatientRecord(spec.storage, spec.name)
     begin = record.end_offset
-    with heart.attempt(), _HeldRun(record, group):
+    with heart.attempt(), _HeldRun(record, group), record.reserving(is_mine=group.is_first):
         try:
             while _train(spec, group, record, on_eval):
                 heart.begin_again()
@@ -58,7 +64,7 @@ def train_worker(spec: RunSpec, group: Group, *, on_eval: EvalListener | None = 
                 group.leave()
 
 
-def _train(spec: RunSpec, group: Group, record: RunRecord, on_eval: EvalListener | None) -> bool:
+def _train(spec: RunSpec, group: Group, record: PatientRecord, on_eval: EvalListener | None) -> bool:
     """True where all ranks are to begin anew, from what is committed by now."""
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
@@ -77,6 +83,9 @@ def _train(spec: RunSpec, group: Group, record: RunRecord, on_eval: EvalListener
         strategy=spec.strategy,
         shards=spec.shards,
         on_nan=spec.on_nan,
+        micro_batch=group.share(
+            read_micro_batch(record.dir) if group.is_first and spec.shards is None else None
+        ),
     )
     check_data(record, data, group)
     beginning = restore(session, spec, record, token)
@@ -98,7 +107,8 @@ def _train(spec: RunSpec, group: Group, record: RunRecord, on_eval: EvalListener
         # What a divided model sends to run a block is torch's affair, and so is how it fails.
         with transport_errors() if session.is_divided else nullcontext():
             boundary.catch_up(session, beginning)
-            spec.recipe.train(session)
+            if not _loop(session, boundary):
+                return True
             boundary.finish(session)
             return False
     except BeginAgain:
@@ -120,6 +130,23 @@ def _take_token(spec: RunSpec, group: Group, record: RunRecord) -> Token:
     token = group.share(token)
     assert token is not None
     return token
+
+
+def _loop(session: Session, boundary: RunBoundary) -> bool:
+    """Run the recipe's loop to its end; False where it did not fit into memory, and smaller parts of a batch may."""
+    try:
+        session.recipe.train(session)
+    except StepGivenUp:
+        boundary.out_of_memory(session, None)
+        return False
+    except Exception as err:
+        if session.is_divided or not is_out_of_memory(err):
+            raise  # the others wait within the model's own collectives, where nobody can tell them
+        logger.warning("out of memory in step %d", session.steps_done, exc_info=True)
+        traceback.clear_frames(err.__traceback__)  # they hold what did not fit
+        boundary.out_of_memory(session, err)
+        return False
+    return True
 
 
 class _HeldRun:

@@ -15,6 +15,9 @@ NUM_PROBES = 64
 """Samples looked at in each split, evenly spaced. Other samples may change unnoticed; reading all of a
 large data set at every start would cost more than it tells."""
 
+NUM_TRIES = 3
+"""Of a sample of the training data."""
+
 
 def fingerprint(data: Datasets) -> str:
     """Sixteen hex digits over each split's length and `NUM_PROBES` of its samples.
@@ -27,9 +30,25 @@ def fingerprint(data: Datasets) -> str:
         length = len(dataset) if dataset is not None else 0
         digest.update(f"{split}:{length}".encode())
         for index in sorted({length * i // NUM_PROBES for i in range(NUM_PROBES)} if length else ()):
-            seed_everything(index)
-            _feed(digest, dataset[index])
+            _feed(digest, _probe(dataset, index, may_fail=split == "train"))
     return digest.hexdigest()[:16]
+
+
+def _probe(dataset: Any, index: int, *, may_fail: bool) -> Any:
+    """A sample; of one that cannot be loaded, and will be replaced while the run trains, that it cannot.
+
+    The first must be there: a data set that cannot be read at all is a mistake in the recipe.
+    """
+    for tries_left in reversed(range(NUM_TRIES)):
+        seed_everything(index)
+        try:
+            return dataset[index]
+        except Exception:
+            if not may_fail or index == 0:
+                raise
+            if not tries_left:
+                return "cannot be loaded"
+    raise AssertionError("unreachable")
 
 
 def _feed(digest: Any, value: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from shoal.errors import RecipeError
 from shoal.recipe import Datasets, Recipe
 from shoal.train.order import DataOrder
+from shoal.train.quarantine import Key, Quarantine
 from shoal.train.seeds import derive_seed, seed_everything
 
 
@@ -31,15 +32,16 @@ def training_loader(
     num_shards: int,
     *,
     left_out: Container[int],
+    quarantine: Quarantine,
     pin_memory: bool,
     sample_seed: int,
 ) -> DataLoader[Any]:
     """Each of ``shards`` of the batch of each of ``steps`` but those ``left_out``, in this order, on the CPU."""
     if data.loader_workers > 0:
         dataset: Dataset[Any] = _Positioned(data.train, sample_seed)
-        batches: Iterable[list[Any]] = _ShardBatches(order, steps, shards, num_shards, left_out)
+        batches: Iterable[list[Any]] = _ShardBatches(order, steps, shards, num_shards, left_out, quarantine)
     else:  # random augmentation draws from this process's generators, seeded by step and shard
-        dataset, batches = data.train, _IdBatches(order, steps, shards, num_shards, left_out)
+        dataset, batches = data.train, _IdBatches(order, steps, shards, num_shards, left_out, quarantine)
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -48,6 +50,24 @@ def training_loader(
         pin_memory=pin_memory,
         generator=torch.Generator(),  # without one of its own, a loader draws from the training's
     )
+
+
+def load_again(
+    data: Datasets, batch: list[Key], quarantine: Quarantine, *, begin: Callable[[], None], sample_seed: int
+) -> Any:
+    """A batch whose loading failed, loaded in this process with the random numbers that it has anyway.
+
+    Raises:
+        RecipeError: too many samples cannot be loaded.
+    """
+    dataset: Dataset[Any] = _Positioned(data.train, sample_seed) if data.loader_workers > 0 else data.train
+    by_position = data.loader_workers > 0
+    samples = quarantine.load(
+        batch,
+        begin=begin,
+        take=lambda key: dataset[key if by_position else key[1]],
+    )
+    return (data.collate or default_collate)(samples)
 
 
 def evaluation_loader(
@@ -66,14 +86,20 @@ class _ShardBatches:
     """A batch sampler: (position, sample id) pairs, shard by shard and step by step."""
 
     def __init__(
-        self, order: DataOrder, steps: range, shards: range, num_shards: int, left_out: Container[int]
+        self,
+        order: DataOrder,
+        steps: range,
+        shards: range,
+        num_shards: int,
+        left_out: Container[int],
+        quarantine: Quarantine,
     ) -> None:
         self._order, self._steps, self._shards, self._num_shards = order, steps, shards, num_shards
-        self._left_out = left_out
+        self._left_out, self._quarantine = left_out, quarantine
 
     def __iter__(self) -> Iterator[list[Any]]:
         steps = (step for step in self._steps if step not in self._left_out)
-        return self._order.batches(steps, self._shards, self._num_shards)
+        return map(self._quarantine.applied, self._order.batches(steps, self._shards, self._num_shards))
 
 
 class _IdBatches(_ShardBatches):

@@ -9,6 +9,7 @@ from shoal.recipe import Recipe
 from shoal.train.group import Group
 from shoal.train.loader import build_data
 from shoal.train.options import RunOptions
+from shoal.train.quarantine import BadSample
 from shoal.train.reduce import Wishes
 from shoal.train.session import Session
 
@@ -51,6 +52,9 @@ class _Listener:
     def after_step(self, session: Session, wishes: Wishes) -> bool:
         self.history.append({"step": session.steps_done, **(session.take_progress() or {})})
         return session.steps_done >= session.target_steps
+
+    def bad_sample(self, bad: BadSample) -> None:
+        pass  # the session has logged why
 
     def bad_step(self, step: int, samples: list[int], reason: str) -> None:
         raise AssertionError("without a record, on_nan is 'fail'")

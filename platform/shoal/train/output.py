@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from shoal.storage import make_directories
+from shoal.storage import is_full, make_directories
 
 MAX_LOG_BYTES = 64 * 2**20
 """A rank's log that has grown beyond this starts anew at the next attempt; the old one is kept as ``.1``."""
@@ -17,6 +19,23 @@ MAX_LOG_BYTES = 64 * 2**20
 def log_path(logs_dir: Path, rank: int) -> Path:
     """The file that holds what rank ``rank`` printed, over all attempts."""
     return logs_dir / f"rank-{rank}.log"
+
+
+class _LossyFile(io.FileIO):
+    """A file that drops what a full disk does not take: what a recipe prints is not worth its run."""
+
+    def write(self, content: Any) -> int:
+        try:
+            return super().write(content) or 0
+        except OSError as error:
+            if not is_full(error):
+                raise
+            return memoryview(content).nbytes
+
+
+def _lossy_stream(descriptor: int) -> io.TextIOWrapper:
+    file = _LossyFile(descriptor, "w", closefd=False)
+    return io.TextIOWrapper(io.BufferedWriter(file), line_buffering=True)
 
 
 @contextmanager
@@ -36,8 +55,7 @@ def captured_output(path: Path) -> Iterator[None]:
             os.dup2(log, fd)
         # Ray replaces Python's own streams in its workers; these two write straight to the descriptors.
         # Never closed: a logging handler made meanwhile may keep them.
-        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
-        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        sys.stdout, sys.stderr = _lossy_stream(1), _lossy_stream(2)
         yield
     finally:
         sys.stdout.flush()

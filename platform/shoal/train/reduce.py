@@ -29,6 +29,10 @@ class Wishes(NamedTuple):
     """Commit, and end the run."""
     resize: bool = False
     """Commit, and let another number of workers go on."""
+    give_up: bool = False
+    """Take no step: a rank could not compute its part of it."""
+    tell: bool = False
+    """Tell each other of samples that cannot be loaded."""
 
 
 NUM_CONTROL = 1 + len(Wishes._fields)
@@ -146,6 +150,11 @@ class GradientBuckets:
         ]
         carriers = {bucket.flat.dtype: bucket.extra for bucket in self._buckets if bucket.extra.numel()}
         self._control = carriers[torch.float32][:NUM_CONTROL]
+        self._num_before_control = max(
+            index
+            for index, b in enumerate(self._buckets)
+            if b.extra.numel() and b.flat.dtype == torch.float32
+        )
         self.rider = {**carriers, torch.float32: carriers[torch.float32][NUM_CONTROL:]}
         """By dtype, a buffer to *add* to between `begin` and backward; after `finish` it holds the sum."""
         self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.views}
@@ -184,12 +193,30 @@ class GradientBuckets:
 
     def finish(self) -> tuple[float, Wishes]:
         """Wait for the sum over ranks, and return that of the losses and what any rank wished."""
-        self._exchange.finish(self._pending)
+        pending, self._pending = self._pending, []
+        self._exchange.finish(pending)
         for bucket in self._buckets:
             bucket.release()
         with heart.waiting:  # on a GPU the collectives have only been queued so far
             loss, *words = self._control.tolist()
         return loss, Wishes(*(word > 0 for word in words))
+
+    def give_up(self) -> bool:
+        """Take part in the sum of a step that this rank cannot compute, and tell the others; blocks as `finish` does.
+
+        Needs no memory. False, with nothing done, if all that could tell them is on its way already.
+        """
+        if not self._exchange.is_remote:
+            return True
+        if len(self._pending) > self._num_before_control:
+            return False
+        unsent = self._buckets[len(self._pending) :]
+        for bucket in unsent:
+            bucket.flat.zero_()
+        self._control[1 + Wishes._fields.index("give_up")].fill_(1.0)
+        self._pending += [self._exchange.start(bucket.flat, []) for bucket in unsent]
+        self.finish()
+        return True
 
     def are_finite(self) -> bool:
         """After `finish`: whether no summed gradient is NaN or infinite. The same on every rank, as the sums are."""

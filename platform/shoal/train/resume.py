@@ -21,6 +21,7 @@ from shoal.train.checkpoints import Loaded, find_checkpoint, measured_at, read_c
 from shoal.train.fingerprint import fingerprint
 from shoal.train.group import Group
 from shoal.train.inherit import under_new_fields
+from shoal.train.quarantine import read_quarantine
 from shoal.train.session import Session
 from shoal.train.spec import RunSpec
 from shoal.train.stamp import checkpoint_folders, position_of, step_of
@@ -57,6 +58,7 @@ def restore(session: Session, spec: RunSpec, record: RunRecord, token: Token) ->
     is_measured = False
     best: dict[int, float] = {}
     bad_steps: list[BadStep] = []
+    quarantine: dict[int, int] = {}
     if group.is_first:
 
         def rejected(path: Path, reason: str) -> None:
@@ -71,7 +73,10 @@ def restore(session: Session, spec: RunSpec, record: RunRecord, token: Token) ->
             is_measured = _is_measured(record, path)
         best = _best_recorded(spec, record)
         bad_steps = read_bad_steps(record.dir)
-    path, is_measured, best, bad_steps = group.share((path, is_measured, best, bad_steps))
+        quarantine = read_quarantine(record.dir)
+    shared = group.share((path, is_measured, best, bad_steps, quarantine))
+    path, is_measured, best, bad_steps, quarantine = shared
+    session.quarantine.know(quarantine)
     session.left_out = frozenset(bad.step for bad in bad_steps)
     if path is not None:
         loaded = read_checkpoint(path)

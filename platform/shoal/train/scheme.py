@@ -24,10 +24,13 @@ class Scheme:
     exchange: Exchange
 
 
-def fast(group: Group) -> Scheme:
-    """One shard per worker, summed by the library: the same bits on the same number of workers."""
-    mine = range(group.rank, group.rank + 1)
-    return Scheme(mine, group.size, (0,), AllReduce(group))
+def fast(group: Group, parts: int = 1) -> Scheme:
+    """Of each worker ``parts`` shards, which it adds up as they come; summed over workers by the library.
+
+    The same bits on the same number of workers, with the same number of parts.
+    """
+    mine = range(group.rank * parts, (group.rank + 1) * parts)
+    return Scheme(mine, group.size * parts, (0, *[1] * (parts - 1)), AllReduce(group))
 
 
 def exact(model: nn.Module, group: Group, num_shards: int) -> Scheme:

@@ -6,6 +6,7 @@ and on Ray Train.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 import warnings
@@ -23,14 +24,18 @@ from shoal.recipe import Datasets, Recipe
 from shoal.train.bad_steps import OnNan
 from shoal.train.buffers import Buffers
 from shoal.train.group import Group
-from shoal.train.loader import batch_length, evaluation_loader, to_device, training_loader
+from shoal.train.loader import batch_length, evaluation_loader, load_again, to_device, training_loader
 from shoal.train.order import DataOrder
+from shoal.train.out_of_memory import StepGivenUp, halved, is_out_of_memory, largest_part, num_parts
 from shoal.train.pulse import heart
+from shoal.train.quarantine import BadSample, Quarantine
 from shoal.train.reduce import GradientBuckets, Wishes
 from shoal.train.scheme import exact, fast
 from shoal.train.seeds import derive_seed, seed_everything
 from shoal.train.spec import Precision, Strategy
 from shoal.train.tree import share_of
+
+logger = logging.getLogger(__name__)
 
 
 class Boundary(Protocol):
@@ -46,6 +51,10 @@ class Boundary(Protocol):
 
     def after_step(self, session: Session, wishes: Wishes) -> bool:
         """Do what is due at this boundary, where all ranks know what any wished; True ends the loop here."""
+        ...
+
+    def bad_sample(self, bad: BadSample) -> None:
+        """Record, on the rank that found it, that another sample takes the place of this one."""
         ...
 
     def bad_step(self, step: int, samples: list[int], reason: str) -> None:
@@ -67,6 +76,7 @@ class Gradients(Protocol):
     def set_control(self, loss: torch.Tensor, wishes: Wishes) -> None: ...
     def end(self) -> None: ...
     def finish(self) -> tuple[float, Wishes]: ...
+    def give_up(self) -> bool: ...
     def are_finite(self) -> bool: ...
     def close(self) -> None: ...
 
@@ -90,6 +100,7 @@ class Session:
         target_steps: where the run ends.
         group: rank, number of workers, device.
         left_out: steps that are completed without their batch.
+        is_torn: whether weights and optimizer may be those of no step boundary: an update is under way.
     """
 
     def __init__(
@@ -105,6 +116,7 @@ class Session:
         strategy: Strategy = "ddp",
         shards: int | None = None,
         on_nan: OnNan = "fail",
+        micro_batch: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.recipe = recipe
@@ -114,6 +126,9 @@ class Session:
         self.target_steps = target_steps
         self.precision = precision
         self.left_out: Container[int] = ()
+        self.is_torn = False
+        self._is_in_step = False
+        self._evaluation_batch = recipe.batch_size if micro_batch is None else micro_batch
         self._on_nan = on_nan
         self._boundary = boundary
         self._clock = clock
@@ -133,6 +148,13 @@ class Session:
             )
         self._seed = seed
         self._order = DataOrder(num_train, recipe.batch_size, derive_seed(seed, "order"))
+        self.quarantine = Quarantine(
+            num_train,
+            recipe.batch_size,
+            seed=derive_seed(seed, "quarantine"),
+            tries=data.tries,
+            tell=boundary.bad_sample,
+        )
         seed_everything(derive_seed(seed, "init"))
         self.model: nn.Module = recipe.build_model().to(group.device)
         self._share_initial_weights()
@@ -144,7 +166,8 @@ class Session:
             self._mesh = shard_model(self.model, group, strategy)
         self.optimizer = recipe.build_optimizer(self.model)
         self.scheduler = recipe.build_scheduler(self.optimizer)
-        self._scheme = fast(group) if shards is None else exact(self.model, group, shards)
+        self._num_parts = 1 if self.is_divided else num_parts(recipe.batch_size, group.size, micro_batch)
+        self._scheme = fast(group, self._num_parts) if shards is None else exact(self.model, group, shards)
         self._buffers = Buffers(self.model, self._scheme.num_shards, rewinds=on_nan != "fail")
         self._seed_for("begin")
         self._gradients = self._build_gradients()
@@ -164,16 +187,20 @@ class Session:
             RecipeError: a batch was taken without a `step` for the one before it.
         """
         scheme = self._scheme
+        self._is_in_step = True
         loaded = iter(self._loader())
+        known = dict(self.quarantine.since)
         for step in range(self.steps_done, self.target_steps):
             if step in self.left_out:
                 self._pass_over(Wishes())
                 if self._ended:
                     return
                 continue
+            if known != self.quarantine.since:  # what was loaded ahead may hold samples that others found bad
+                loaded, known = iter(self._loader()), dict(self.quarantine.since)
             for self._part, shard in enumerate(scheme.mine):
                 self._seed_for("shard", step, shard)  # before it is loaded: augmentation may draw, too
-                batch = next(loaded)
+                batch = self._next(loaded, step, shard)
                 self._move("step", to="batch")
                 self.model.train()
                 self._gradients.begin(self._part)
@@ -182,6 +209,26 @@ class Session:
                 yield to_device(batch, self.group.device)
                 if self._ended:
                     return
+
+    def _next(self, loaded: Iterator[Any], step: int, shard: int) -> Any:
+        try:
+            return next(loaded)
+        except Exception as err:
+            is_dead = isinstance(err, RuntimeError) and "exited unexpectedly" in str(err)  # a loader process
+            if is_dead or is_out_of_memory(err) or isinstance(err, StopIteration):
+                raise
+            logger.warning("step %d: a batch could not be loaded; trying its samples", step, exc_info=True)
+        (batch,) = self._order.batches((step,), range(shard, shard + 1), self._scheme.num_shards)
+        again = load_again(
+            self.data,
+            batch,
+            self.quarantine,
+            begin=lambda: self._seed_for("shard", step, shard),
+            sample_seed=derive_seed(self._seed, "sample"),
+        )
+        if self.data.loader_workers > 0:  # this process draws nothing while others load
+            self._seed_for("shard", step, shard)
+        return again
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which a forward pass runs in the run's precision (nothing for fp32)."""
@@ -214,7 +261,9 @@ class Session:
         self._move("batch", to="backward")
         weight = self._weight()
         loss = loss.reshape(()) * weight
-        self._gradients.set_control(loss, self._boundary.wishes() if self._part == 0 else Wishes())
+        wishes = self._boundary.wishes() if self._part == 0 else Wishes()
+        self._gradients.set_control(loss, wishes._replace(tell=self.quarantine.has_news))
+        self.quarantine.has_news = False
         self._buffers.ride(self._gradients.rider, weight)
         loss.backward()  # type: ignore[no-untyped-call]
         self._gradients.end()
@@ -235,8 +284,14 @@ class Session:
         self._move("backward", to="step")
         if self._part < len(self._scheme.mine) - 1:
             return
+        self._is_in_step = False
         loss, wishes = self._gradients.finish()
+        if wishes.give_up:
+            raise StepGivenUp
         self._boundary.before_update()
+        if wishes.tell:
+            for since in self.group.gather(dict(self.quarantine.since)):
+                self.quarantine.know(since)
         if reason := self._why_unusable(loss):
             self._leave_out(reason, wishes)
             return
@@ -245,11 +300,13 @@ class Session:
         if max_grad_norm is not None:
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
             self.log(grad_norm=norm.full_tensor() if self.is_divided else norm)  # type: ignore[attr-defined]
+        self.is_torn = True
         self.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
+        self.is_torn = False
         self.step_done(loss)
-        self._ended = self._boundary.after_step(self, wishes)
+        self._end_step(wishes)
 
     def log(self, **values: float | torch.Tensor) -> None:
         """Record values of your own beside the loss; the mean over the steps since the last line is kept.
@@ -306,7 +363,34 @@ class Session:
                 warnings.simplefilter("ignore", UserWarning)
                 self.scheduler.step()
         self._count_step()
+        self._end_step(wishes)
+
+    def _end_step(self, wishes: Wishes) -> None:
+        self._is_in_step = False
         self._ended = self._boundary.after_step(self, wishes)
+        self._is_in_step = not self._ended and self.steps_done < self.target_steps
+
+    @property
+    def can_rewind(self) -> bool:
+        """Whether `rewind` makes the state that of the last step boundary."""
+        return not self.is_torn and (not self._is_within_step or self._buffers.can_rewind)
+
+    @property
+    def micro_batch(self) -> int:
+        """The most samples that go through the model at a time while it trains."""
+        return largest_part(self.recipe.batch_size, 1, self._scheme.num_shards)
+
+    @property
+    def smaller_micro_batch(self) -> int | None:
+        """About half as many; None where they cannot be fewer."""
+        return halved(self.recipe.batch_size, self.group.size, self._num_parts)
+
+    def give_up_step(self) -> bool:
+        """Tell the other ranks that this one cannot compute its part of the step; they give it up as well.
+
+        Blocks until they have come to its sum. False, with nothing done, where that is over, or no step is under way.
+        """
+        return self._is_in_step and self._gradients.give_up()
 
     def load_state(
         self, model: Mapping[str, torch.Tensor], optimizer: Mapping[str, Any] | None = None
@@ -364,7 +448,8 @@ class Session:
     @heart.during("evaluate")
     def evaluate(self, dataset: Dataset[Any]) -> dict[str, float]:
         """Mean loss and recipe metrics over a dataset, each worker measuring its share. Blocks; same on all."""
-        was_training = self.model.training
+        was_training, was_in_step = self.model.training, self._is_in_step
+        self._is_in_step = False
         self.model.eval()
         try:
             with torch.no_grad(), self.autocast():
@@ -372,14 +457,16 @@ class Session:
         finally:
             self.model.train(was_training)
             self._seed_for("evaluated", self.steps_done)  # workers drew as their shares are
-        return _merge_means([part for parts in self.group.gather(measured) for part in parts])
+        everywhere = self.group.gather(measured)
+        self._is_in_step = was_in_step
+        return _merge_means([part for parts in everywhere for part in parts])
 
     def _measure(self, dataset: Dataset[Any], shard: int) -> tuple[dict[str, float], int]:
         """Sums of loss and metrics over a shard's samples, and their number."""
         self._seed_for("evaluation", self.steps_done, shard)
         share = share_of(shard, self._scheme.num_shards, len(dataset))  # type: ignore[arg-type]
         sums: dict[str, float] = {}
-        for batch in evaluation_loader(self.data, dataset, share, self.recipe.batch_size):
+        for batch in evaluation_loader(self.data, dataset, share, self._evaluation_batch):
             batch = to_device(batch, self.group.device)
             weight = batch_length(batch)
             found = {"loss": self.recipe.loss(self.model, batch)}
@@ -420,6 +507,7 @@ class Session:
             self._scheme.mine,
             self._scheme.num_shards,
             left_out=self.left_out,
+            quarantine=self.quarantine,
             pin_memory=self.group.device.type == "cuda",
             sample_seed=derive_seed(self._seed, "sample"),
         )

@@ -163,6 +163,10 @@ class ShardedGradients:
         loss, *words = self._control.tolist()
         return loss, Wishes(*(word > 0 for word in words))
 
+    def give_up(self) -> bool:
+        """Never: the other ranks wait inside the model, where nobody can tell them."""
+        return False
+
     def are_finite(self) -> bool:
         parts = [p.grad.to_local() for p in self._params if isinstance(p.grad, DTensor)]
         num_bad = sum((~torch.isfinite(part)).sum() for part in parts)
