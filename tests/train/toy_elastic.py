@@ -54,8 +54,9 @@ class ElasticToy(Toy):
     def train(self, session: shoal.Session) -> None:
         record: RunRecord = self.record
         seen: dict[int, list[int]] = {}
-        session.model[0].weight.register_hook(lambda grad: self.allocate("backward", session, batch))
-        session.optimizer.register_step_post_hook(lambda *_: self.allocate("optimizer", session, batch))
+        if self.memory is not None:
+            session.model[0].weight.register_hook(lambda grad: self.allocate("backward", session, batch))
+            session.optimizer.register_step_post_hook(lambda *_: self.allocate("optimizer", session, batch))
         for batch in session.batches():
             step = session.steps_done
             seen.setdefault(step, []).extend(batch[2].tolist())
