@@ -102,8 +102,8 @@ def die_at(moment: str) -> None:
 def _die_in(method: str, *, after: bool) -> None:
     original = getattr(RunBoundary, method)
 
-    def dying(self: RunBoundary, *args: Any) -> Any:
-        result = original(self, *args) if after or self._resize_to is None else None
+    def dying(self: RunBoundary, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs) if after or self._resize_to is None else None
         if self._resize_to is not None:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
