@@ -53,6 +53,7 @@ OF_A_RUN = [
     ("keep_best", 0, "1 or more, such as 3"),
     ("exact", 1, "True or False"),
     ("shards", 0, "1 or more, such as 8"),
+    ("micro_batch", 0, "1 or more, such as 8"),
     ("strategy", "zero", "'ddp', 'fsdp' or 'hybrid'"),
     ("on_nan", "ignore", "'fail', 'skip' or 'rollback'"),
     ("init_from", 1, "such as 'digits@1'"),
@@ -207,9 +208,16 @@ def test_every_door_has_the_same_options_with_the_same_defaults(
             {"exact": True, "shards": 13},
             "a batch of 12 samples cannot be divided into 13 shards; set shards=12",
         ),
+        ({"exact": True, "strategy": "fsdp"}, "an exact run takes ddp"),
+        (
+            {"exact": True, "shards": 4, "micro_batch": 2},
+            "an exact run takes its batch in shards; .* shards=4",
+        ),
     ],
 )
-def test_shards_that_cannot_be_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_what_does_not_go_with_exact_or_without_is_refused(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
     config = load(write_project(tmp_path))
     with pytest.raises(RequestError, match=message):
         plan_run(Toy(), RunOptions(**options), config, Storage(tmp_path), project=tmp_path)

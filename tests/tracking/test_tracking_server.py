@@ -124,6 +124,7 @@ def test_what_a_server_missed_is_delivered_when_it_is_back(tmp_path, migrated_db
         assert run.info.status == "FAILED"
         assert {it.path for it in client.list_artifacts(run.info.run_id)} == {
             "identity.json",
+            "timeline.json",
             "traceback.txt",
         }
     tracker.close()

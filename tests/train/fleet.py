@@ -49,6 +49,7 @@ class Group:
     checkpoint_every_s: float = 1e6
     """By default only what a resize or a survivor commits is there to go on from."""
     strategy: Strategy = "ddp"
+    micro_batch: int | None = None
     machines: list[str] = field(default_factory=list)
     """What the rank's machine says that its name is; empty: the truth."""
     memory: int | None = None
@@ -175,11 +176,13 @@ def _work(group: Group, rank: int, rendezvous: Path) -> None:
         on_nan=group.on_nan,
         checkpoint_every_s=group.checkpoint_every_s,
         strategy=group.strategy,
+        micro_batch=group.micro_batch,
         threads=1,
     )
     train_worker(spec, room.Group.current())
     if group.workers > 1:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # a worker whose peer is gone has left it
+            dist.destroy_process_group()
         threads = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
         left = [name for name in threads if "gloo" in name]
         assert not left, f"the process group was left and lives on: {left}"

@@ -26,6 +26,7 @@ from shoal.train.output import captured_output
 from shoal.train.patient_record import MAX_WAITING, PatientRecord
 from shoal.train.spec import RunSpec
 from toy import Toy
+from waiting import wait_until
 
 
 class Room:
@@ -198,6 +199,10 @@ class Filling(Toy):
         filler = Path(sys.argv[1]) / "filler"
         for batch in session.batches():
             if session.steps_done == 3:
+                wait_until(
+                    lambda: any(Path(sys.argv[1]).glob("runs/*/checkpoints/step-*")),
+                    "the checkpoint of step 2 is on the disk",
+                )
                 with suppress(OSError), open(filler, "wb", buffering=0) as file:
                     while file.write(bytes(4096)):
                         pass

@@ -82,6 +82,14 @@ def test_hybrid_divides_within_a_machine(fleet: Fleet, tmp_path: Path) -> None:
     assert_alike(whole, hybrid)
 
 
+def test_a_divided_run_accumulates_gradients_as_a_whole_one_does(fleet: Fleet, tmp_path: Path) -> None:
+    whole, divided = (
+        fleet.train_elastic(group(tmp_path, name, strategy=name, batch_size=26, micro_batch=4))
+        for name in ("ddp", "fsdp")
+    )
+    assert_alike(whole, divided)
+
+
 def test_a_run_goes_on_under_any_strategy(fleet: Fleet, ddp: RunRecord, tmp_path: Path) -> None:
     first = group(tmp_path, "run", strategy="fsdp", resizes={7: 3})
     assert fleet.train(first) == [0] * 3

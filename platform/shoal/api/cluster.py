@@ -61,6 +61,7 @@ class Cluster:
         keep_best: int | None = None,
         exact: bool | None = None,
         shards: int | None = None,
+        micro_batch: int | None = None,
         strategy: Strategy | None = None,
         on_nan: OnNan | None = None,
         init_from: str | None = None,
@@ -80,6 +81,8 @@ class Cluster:
             keep: newest checkpoints to keep. keep_best: best ones to keep besides. Default: the file's.
             exact: the same bits on any number of workers, at some cost (docs/exact.md). Default: the file's.
             shards: of an exact run, the parts of every batch, and the most workers. Default: the file's.
+            micro_batch: the most samples that go through the model at a time; the gradients of the parts of a batch
+                are accumulated, and the global batch stays. Default: a worker's whole share.
             strategy: what every worker holds: the whole model and optimizer (``ddp``), its part of them (``fsdp``),
                 or its part of its machine's copy (``hybrid``). Default: the file's.
             on_nan: at a NaN or infinite loss ``fail``, ``skip`` the batch, or ``rollback`` to the last checkpoint and
@@ -105,6 +108,7 @@ class Cluster:
             keep_best=keep_best,
             exact=exact,
             shards=shards,
+            micro_batch=micro_batch,
             strategy=strategy,
             on_nan=on_nan,
             init_from=init_from,

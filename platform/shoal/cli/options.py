@@ -65,6 +65,12 @@ Shards = Annotated[
     int | None,
     typer.Option(metavar="N", help="Of an exact run: parts of each batch, at most as many workers."),
 ]
+MicroBatch = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Samples at a time, at most; the rest of a batch by accumulation. Default: all."
+    ),
+]
 Strategy = Annotated[
     Literal["ddp", "fsdp", "hybrid"] | None,
     typer.Option(

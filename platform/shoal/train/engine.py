@@ -83,9 +83,7 @@ def _train(spec: RunSpec, group: Group, record: PatientRecord, on_eval: EvalList
         strategy=spec.strategy,
         shards=spec.shards,
         on_nan=spec.on_nan,
-        micro_batch=group.share(
-            read_micro_batch(record.dir) if group.is_first and spec.shards is None else None
-        ),
+        micro_batch=group.share(_micro_batch(spec, record) if group.is_first else None),
     )
     check_data(record, data, group)
     beginning = restore(session, spec, record, token)
@@ -147,6 +145,13 @@ def _loop(session: Session, boundary: RunBoundary) -> bool:
         boundary.out_of_memory(session, err)
         return False
     return True
+
+
+def _micro_batch(spec: RunSpec, record: RunRecord) -> int | None:
+    """The most samples at a time that were asked for and that are known to fit into memory; None for no limit."""
+    if spec.shards is not None:
+        return None  # an exact run's parts are its shards
+    return min(filter(None, (spec.micro_batch, read_micro_batch(record.dir))), default=None)
 
 
 class _HeldRun:

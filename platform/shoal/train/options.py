@@ -45,6 +45,7 @@ RULES = {
     "keep_best": Rule(whole_number(1), "a whole number, 1 or more, such as 3"),
     "exact": Rule(lambda value: isinstance(value, bool), "True or False"),
     "shards": Rule(whole_number(1), "a whole number, 1 or more, such as 8; it goes with exact"),
+    "micro_batch": Rule(whole_number(1), "a whole number, 1 or more, such as 8"),
     "strategy": Rule(one_of(*get_args(Strategy)), "'ddp', 'fsdp' or 'hybrid'"),
     "on_nan": Rule(one_of(*get_args(OnNan)), "'fail', 'skip' or 'rollback'"),
     "init_from": Rule(is_text, "a version of a model as text, such as 'digits@1'"),
@@ -81,6 +82,8 @@ class RunOptions:
     shards: int | None = None
     """Of an exact run, into how many shards every batch is divided, which is the most workers it can have.
     None: the file's."""
+    micro_batch: int | None = None
+    """The most samples that go through the model at a time; the gradients of a batch's parts are accumulated."""
     strategy: Strategy | None = None
     """What every worker holds of the model and the optimizer. None: the file's."""
     on_nan: OnNan | None = None
@@ -140,8 +143,8 @@ def plan_run(
     ``init_from`` is what ``options.init_from`` names, which takes a registry to find.
 
     Raises:
-        RequestError: the recipe's own ``steps`` cannot be; an exact run whose batch has fewer samples than shards;
-            shards of a run that is not to be exact; an exact run with another strategy than ddp.
+        RequestError: the recipe's own ``steps`` cannot be; shards of a run that is not to be exact; an exact run
+            whose batch has fewer samples than shards, with another strategy than ddp, or with a micro-batch.
     """
     steps = recipe.steps if options.steps is None else options.steps
     if not RULES["steps"].fits(steps):
@@ -149,17 +152,9 @@ def plan_run(
     every = options.checkpoint_every
     init_name = None if init_from is None else str(init_from)
     shards = options.num_shards(config)
-    if shards is not None and recipe.batch_size < shards:
-        raise RequestError(
-            f"exact: a batch of {recipe.batch_size} samples cannot be divided into {shards} shards; "
-            f"set shards={recipe.batch_size} or less, or raise batch_size"
-        )
     strategy = config.train.strategy if options.strategy is None else options.strategy
-    if shards is not None and strategy != "ddp":
-        raise RequestError(
-            f"strategy={strategy}: an exact run takes ddp, where every worker sums in one order; "
-            "leave one of the two out"
-        )
+    if shards is not None:
+        _check_exact(shards, recipe, strategy, options.micro_batch)
     identity = identity_of(
         recipe, seed=options.seed, precision=options.precision, shards=shards, init_from=init_name
     )
@@ -172,6 +167,7 @@ def plan_run(
         precision=options.precision,
         shards=shards,
         strategy=strategy,
+        micro_batch=options.micro_batch,
         on_nan=config.train.on_nan if options.on_nan is None else options.on_nan,
         checkpoint_every_s=(config.train.checkpoint_every if every is None else interval(every)).seconds,
         keep=config.train.keep if options.keep is None else options.keep,
@@ -181,6 +177,25 @@ def plan_run(
         revision=code_revision(project),
         threads=1,
     )
+
+
+def _check_exact(shards: int, recipe: Recipe, strategy: Strategy, micro_batch: int | None) -> None:
+    """Raise a RequestError where an exact run cannot be as asked."""
+    if recipe.batch_size < shards:
+        raise RequestError(
+            f"exact: a batch of {recipe.batch_size} samples cannot be divided into {shards} shards; "
+            f"set shards={recipe.batch_size} or less, or raise batch_size"
+        )
+    if strategy != "ddp":
+        raise RequestError(
+            f"strategy={strategy}: an exact run takes ddp, where every worker sums in one order; "
+            "leave one of the two out"
+        )
+    if micro_batch is not None:
+        raise RequestError(
+            f"micro_batch={micro_batch}: an exact run takes its batch in shards; for smaller ones start another "
+            f"run with more than shards={shards}"
+        )
 
 
 def worker_resources(config: ClusterConfig, info: ClusterInfo) -> Resources:

@@ -166,7 +166,7 @@ class Session:
             self._mesh = shard_model(self.model, group, strategy)
         self.optimizer = recipe.build_optimizer(self.model)
         self.scheduler = recipe.build_scheduler(self.optimizer)
-        self._num_parts = 1 if self.is_divided else num_parts(recipe.batch_size, group.size, micro_batch)
+        self._num_parts = num_parts(recipe.batch_size, group.size, micro_batch)
         self._scheme = fast(group, self._num_parts) if shards is None else exact(self.model, group, shards)
         self._buffers = Buffers(self.model, self._scheme.num_shards, rewinds=on_nan != "fail")
         self._seed_for("begin")
@@ -480,7 +480,7 @@ class Session:
 
     def _keep_company(self, dataset: Dataset[Any], num_measured: int) -> None:
         """Run the model as often as whoever has the most batches to measure: peers need this rank's part of it."""
-        size = self.recipe.batch_size
+        size = self._evaluation_batch
         longest = math.ceil(len(dataset) / self._scheme.num_shards)  # type: ignore[arg-type]
         for _ in range(math.ceil(longest / size) - math.ceil(num_measured / size)):
             for batch in evaluation_loader(self.data, dataset, range(1), size):
@@ -521,7 +521,9 @@ class Session:
         if self.is_divided:
             from shoal.train.sharded import ShardedGradients
 
-            return ShardedGradients(self.model, self.group, riders=self._buffers.riders)
+            return ShardedGradients(
+                self.model, self.group, num_parts=self._num_parts, riders=self._buffers.riders
+            )
         return GradientBuckets(
             self.model.parameters(),
             self._scheme.additions,

@@ -133,8 +133,11 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 class ShardedGradients:
     """The `session.Gradients` of a divided model: torch sums the gradients, the loss and the rest go along here."""
 
-    def __init__(self, model: nn.Module, group: Group, *, riders: Mapping[torch.dtype, int]) -> None:
+    def __init__(
+        self, model: nn.Module, group: Group, *, num_parts: int, riders: Mapping[torch.dtype, int]
+    ) -> None:
         self._params = list(model.parameters())
+        self._index, self._last = 0, num_parts - 1
         self._group = group
         sizes = {**riders, torch.float32: NUM_CONTROL + riders.get(torch.float32, 0)}
         self._carriers = {
@@ -145,6 +148,9 @@ class ShardedGradients:
         self._pending: list[torch.distributed.Work | None] = []
 
     def begin(self, index: int) -> None:
+        self._index = index
+        if index > 0:
+            return  # torch adds a later part's gradients to an earlier one's
         for carrier in self._carriers.values():
             carrier.zero_()
         for p in self._params:
@@ -155,6 +161,8 @@ class ShardedGradients:
         self._control[1:].add_(torch.tensor([float(is_wished) for is_wished in wishes]))
 
     def end(self) -> None:
+        if self._index < self._last:
+            return
         self._pending = [self._group.start_sum(carrier) for carrier in self._carriers.values()]
 
     def finish(self) -> tuple[float, Wishes]:

@@ -45,6 +45,9 @@ class RunSpec:
     strategy: Strategy = "ddp"
     shards: int | None = None
     """Into how many virtual shards an exact run divides every batch; None for a fast run."""
+    micro_batch: int | None = None
+    """The most samples that go through the model at a time; gradients of the others of a batch are accumulated. None:
+    a worker's whole share of a batch, unless memory was short before."""
     on_nan: OnNan = "fail"
     """What to do at a NaN or infinite loss."""
     checkpoint_every_s: float | None = 30.0
@@ -86,7 +89,7 @@ def identity_of(
 ) -> dict[str, Any]:
     """A run's identity: recipe, fields, seed, precision and starting weights, JSON-able.
 
-    Not the strategy, nor the number of workers: a run may go on with others.
+    Not the strategy, the micro-batch, nor the number of workers: a run may go on with others.
     """
     return {
         "recipe": recipe_ref(recipe),
