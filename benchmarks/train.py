@@ -150,7 +150,9 @@ def main() -> int:
                     cycles = ", ".join("/".join(f"{rate:.4g}" for rate in cycle) for cycle in rounds[-1])
                     print(f"  {case}, steps/s shoal/alone/beside: {cycles}", flush=True)
                 ours, alone, beside = rates_by_round(rounds)
-                print(f"  what no run on a cluster can win back, beside / alone: {paired_ratio(beside, alone)}")
+                print(
+                    f"  what no run on a cluster can win back, beside / alone: {paired_ratio(beside, alone)}"
+                )
                 ratio = paired_ratio(ours, alone)
                 met &= ratio.low >= GOAL
                 table.add_row(

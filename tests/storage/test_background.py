@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
+import mmap
 import os
 import random
 import resource
@@ -16,7 +19,7 @@ import pytest
 from storage_faults import start_child, wait_child
 
 from shoal.errors import StorageError, SupersededError
-from shoal.storage import DiskStore, Fence, collect_orphans, verify
+from shoal.storage import DiskStore, Fence, background, collect_orphans, verify
 from shoal.storage.background import BackgroundWriter, Span, WriterLost
 from shoal.storage.owner import start_ticks
 from waiting import wait_until
@@ -161,3 +164,37 @@ def test_one_that_hangs_is_ended(
     with pytest.raises(StorageError, match="counts as hung"):
         writer.commit(tmp_path / "target", {"small": b"{}"}, meta={})
     assert writer.pid is None
+
+
+@pytest.mark.parametrize("refuses", ["nothing", "the flag", "the write", "half of a write"])
+def test_around_the_page_cache_or_through_it_the_bytes_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: str
+) -> None:
+    memory = mmap.mmap(-1, 2 * background.CHUNK_BYTES + 4096)
+    memory.write(os.urandom(len(memory)))
+    content = memoryview(memory)[: len(memory) - 5]
+    direct: list[bool] = []
+    write = background._write_direct
+
+    def noted(file: io.FileIO, chunk: memoryview) -> bool:
+        if refuses == "the write":
+            background._set_direct(file, False)
+            direct.append(False)
+        elif refuses == "half of a write":
+            file.write(chunk[:8192])
+            background._set_direct(file, False)
+            direct.append(False)
+        else:
+            direct.append(write(file, chunk))
+        return direct[-1]
+
+    monkeypatch.setattr(background, "_write_direct", noted)
+    if refuses == "the flag":
+        monkeypatch.setattr(background, "_set_direct", lambda file, is_direct: False)
+    parent = os.pidfd_open(os.getpid())
+    entry = background._WhileParentLives(parent).write_measured(tmp_path / "file", content)
+    os.close(parent)
+    assert (tmp_path / "file").read_bytes() == content
+    assert entry.sha256 == hashlib.sha256(content).hexdigest()
+    if refuses != "nothing":
+        assert not any(direct)

@@ -8,7 +8,10 @@ parent: at once when that dies, leaving what `collect_orphans` deletes.
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
+import io
 import mmap
 import os
 import select
@@ -32,6 +35,8 @@ MIN_BYTES_PER_S = 2**20
 """A disk that is slower than this counts as hung, after `PATIENCE_S`."""
 PATIENCE_S = 60.0
 _END_TIMEOUT_S = 5.0
+_ALIGNMENT = 4096
+"""Of writes around the page cache: the memory's pages, and no less than any disk's blocks."""
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from shoal.storage.background import serve; serve()"
 
 
@@ -180,6 +185,7 @@ def serve() -> None:
 
 def _serve(channel: Connection[Any, Any], memory: int, parent: int) -> None:
     disk = _WhileParentLives(parent)
+    shared = _SharedMemory(memory)
     # A loader that the parent forked may hold the other end of the channel open: so the parent itself is watched.
     while parent not in wait([channel, parent]):
         try:
@@ -188,7 +194,7 @@ def _serve(channel: Connection[Any, Any], memory: int, parent: int) -> None:
             return
         if job is None:
             return
-        channel.send(_commit(*job, memory=memory, disk=disk))
+        channel.send(_commit(*job, shared=shared, disk=disk))
 
 
 def _commit(
@@ -197,16 +203,16 @@ def _commit(
     meta: Mapping[str, Any],
     guard: Callable[[], None],
     *,
-    memory: int,
+    shared: _SharedMemory,
     disk: _WhileParentLives,
 ) -> int | ShoalError:
     try:
-        shared = memoryview(mmap.mmap(memory, 0, prot=mmap.PROT_READ))  # anew: it may have grown
+        memory = shared.view()
         measured: dict[str, FileEntry] = {}
 
         def write(folder: Path) -> None:
             for name, part in content.items():
-                measured[name] = disk.write_measured(folder / name, _view(part, shared))
+                measured[name] = disk.write_measured(folder / name, _view(part, memory))
 
         return commit(Path(directory), write, meta=meta, guard=guard, measured=measured, disk=disk).size_bytes
     except ShoalError as error:
@@ -215,8 +221,54 @@ def _commit(
         return StorageError(f"writing {directory} failed: {type(error).__name__}: {error}")
 
 
-def _view(part: Span | bytes, shared: memoryview) -> memoryview:
-    return shared[part.begin : part.begin + part.size_bytes] if isinstance(part, Span) else memoryview(part)
+def _view(part: Span | bytes, memory: memoryview) -> memoryview:
+    return memory[part.begin : part.begin + part.size_bytes] if isinstance(part, Span) else memoryview(part)
+
+
+class _SharedMemory:
+    """The parent's memory, mapped once for each size that it had: to map it anew costs a fault for every page."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._view = memoryview(b"")
+
+    def view(self) -> memoryview:
+        """All of it, as it is now."""
+        size_bytes = os.fstat(self._descriptor).st_size
+        if len(self._view) != size_bytes:
+            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+            self._view = memoryview(mmap.mmap(self._descriptor, size_bytes, flags=flags, prot=mmap.PROT_READ))
+        return self._view
+
+
+def _set_direct(file: io.FileIO, is_direct: bool) -> bool:
+    """Have writes go around the page cache, or through it again; False where the file system does not take it.
+
+    Around it they cost the processor next to nothing, which the training beside needs, and push out nothing that is
+    cached.
+    """
+    flags = fcntl.fcntl(file, fcntl.F_GETFL) & ~os.O_DIRECT
+    try:
+        fcntl.fcntl(file, fcntl.F_SETFL, flags | (os.O_DIRECT if is_direct else 0))
+    except OSError:
+        return False
+    return True
+
+
+def _write_direct(file: io.FileIO, chunk: memoryview) -> bool:
+    """Write around the page cache; False where it went only in part, or not at all, and is to go through it now.
+
+    Memory, place and length must be multiples of `_ALIGNMENT`; at a file's end the length is none.
+    """
+    if len(chunk) % _ALIGNMENT == 0:
+        try:
+            if file.write(chunk) == len(chunk):
+                return True
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # some file systems take the flag, and then refuse
+                raise
+    _set_direct(file, False)
+    return False
 
 
 class _WhileParentLives(Disk):
@@ -229,12 +281,16 @@ class _WhileParentLives(Disk):
         """Create ``path`` with ``content``, which is read once for both the hash and the file. Not synced."""
         digest = hashlib.sha256()
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE), "wb", buffering=0) as file:
+            is_direct = len(content) >= CHUNK_BYTES and _set_direct(file, True)
             for begin in range(0, len(content), CHUNK_BYTES):
                 self._check()
                 chunk = content[begin : begin + CHUNK_BYTES]
                 digest.update(chunk)
-                while chunk:
-                    chunk = chunk[file.write(chunk) :]
+                is_direct = is_direct and _write_direct(file, chunk)
+                if not is_direct:
+                    rest = chunk[file.tell() - begin :]
+                    while rest:
+                        rest = rest[file.write(rest) :]
         return FileEntry(len(content), digest.hexdigest())
 
     def publish_directory(self, source: Path, target: Path) -> None:

@@ -145,9 +145,9 @@ class CheckpointWriter:
         return not self.is_writing
 
     def _write(self, snap: Snapshot, is_awaited: bool) -> None:
-        started = time.monotonic()
         try:
             snap.complete()
+            started = time.monotonic()
             path, size_bytes = self._commit(snap, is_awaited)
             value = snap.values.get(self._objective.metric)
             if value is not None:
