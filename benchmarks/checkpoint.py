@@ -330,7 +330,7 @@ def report(stalls_s: dict[str, list[float]], writes: list[tuple[float, float]]) 
     first = max(means["torch.save + fsync"][1], 0) / most_s
     best = min(max(low, 0) for name, (_, low, _) in means.items() if name != "shoal") / most_s
     rate = paired_ratio([plain for _, plain in writes], [ours for ours, _ in writes])
-    print(f"bytes/s of the background write, copy included / bare loop of the same priority: {rate}")
+    print(f"bytes/s of the background write / bare loop of the same priority: {rate}")
     goals = [
         (f"at least {GOAL_SAVE:g} x less than torch.save + fsync: {first:.1f} x", first >= GOAL_SAVE),
         (f"at least {GOAL_BEST:g} x less than the best peer: {best:.1f} x", best >= GOAL_BEST),

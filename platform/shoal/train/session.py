@@ -202,7 +202,10 @@ class Session:
                 self._seed_for("shard", step, shard)  # before it is loaded: augmentation may draw, too
                 batch = self._next(loaded, step, shard)
                 self._move("step", to="batch")
-                self.model.train()
+                if (
+                    not self.model.training
+                ):  # else a loop may have parts of its own in eval mode, and it takes time
+                    self.model.train()
                 self._gradients.begin(self._part)
                 self._buffers.begin(self._part)
                 self._is_within_step = True
