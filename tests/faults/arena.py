@@ -19,6 +19,7 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,53 @@ class _Worker:
     """A descriptor that is readable once the process has ended."""
     armed: int | None = None
     """Which attempt's faults it carries; None before it said so."""
+
+
+class _Meeting:
+    """A `Rendezvous` in a process of its own: it has threads, and workers are forked from this process.
+
+    A fork copies the locks that other threads hold: a worker once stood for ever in its first call of torch.
+    """
+
+    def __init__(self) -> None:
+        self._mine, its = Pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            self._serve(its)
+        its.close()
+
+    def seat(self, place: Place) -> Seat:
+        self._mine.send(place)
+        seat: Seat = self._mine.recv()
+        return seat
+
+    def call(self) -> None:
+        self._mine.send("call")
+        self._mine.recv()
+
+    def close(self) -> None:
+        """Send home whoever waits, and end the process."""
+        self._mine.send(None)  # an end of file would not come: workers hold copies of the pipe
+        self._mine.close()
+        os.waitpid(self._pid, 0)
+
+    def _serve(self, channel: Connection) -> None:
+        """In the child; does not return."""
+        try:
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            self._mine.close()
+            meeting = Rendezvous("127.0.0.1")
+            while asked := channel.recv():
+                if asked == "call":
+                    meeting.call()
+                    channel.send(None)
+                else:
+                    channel.send(meeting.seat(asked, backend="gloo", timeout_s=COLLECTIVE_TIMEOUT_S))
+            meeting.close()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
 
 
 class _Broken(Exception):
@@ -113,7 +161,13 @@ class _Play:
 
     def _one_group(self, size: int) -> int:
         """Play until none of its workers is left; how many the next group has."""
-        meeting = Rendezvous("127.0.0.1")
+        meeting = _Meeting()
+        try:
+            return self._play_group(meeting, size)
+        finally:
+            meeting.close()
+
+    def _play_group(self, meeting: _Meeting, size: int) -> int:
         seats = places(["here"] * size)
         for place in seats:
             self._start(meeting, place)
@@ -141,14 +195,13 @@ class _Play:
                 for worker in dead:
                     self._start(meeting, seats[worker.rank])
                 self._call(meeting)
-        meeting.close()
         return size
 
     def _plan(self) -> Attempt | None:
         planned = self.scenario.attempts
         return planned[self.next_fault] if self.next_fault < len(planned) else None
 
-    def _call(self, meeting: Rendezvous) -> None:
+    def _call(self, meeting: _Meeting) -> None:
         self.attempts += 1
         if self.attempts > 3 * len(self.scenario.attempts) + 3:
             raise _Broken(f"attempt {self.attempts}, and only {len(self.scenario.attempts)} were disturbed")
@@ -163,8 +216,8 @@ class _Play:
         path.with_suffix(".part").rename(path)
         meeting.call()
 
-    def _start(self, meeting: Rendezvous, place: Place) -> None:
-        seat = meeting.seat(place, backend="gloo", timeout_s=COLLECTIVE_TIMEOUT_S)
+    def _start(self, meeting: _Meeting, place: Place) -> None:
+        seat = meeting.seat(place)
         pid = os.fork()
         if pid == 0:
             self._be_worker(seat)
