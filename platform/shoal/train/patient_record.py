@@ -94,6 +94,8 @@ class PatientRecord(RunRecord):
         with self._lock:
             if self._is_waiting and (kind in _LAST or self._now() - self._tried >= RETRY_S):
                 self._try_again()
+            if kind in _LAST:
+                self._release()  # before: who dies right after the line would leave it for ever
             if self._is_waiting and kind in _LAST:
                 self._write_what_matters()
                 super()._write(kind, line)
