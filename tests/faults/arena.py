@@ -75,8 +75,13 @@ class _Meeting:
         self._mine.send("call")
         self._mine.recv()
 
+    def dismiss(self) -> None:
+        """Send home whoever waits for a call, now or later."""
+        self._mine.send("dismiss")
+        self._mine.recv()
+
     def close(self) -> None:
-        """Send home whoever waits, and end the process."""
+        """End the process; whoever waits is sent home."""
         self._mine.send(None)  # an end of file would not come: workers hold copies of the pipe
         self._mine.close()
         os.waitpid(self._pid, 0)
@@ -90,6 +95,9 @@ class _Meeting:
             while asked := channel.recv():
                 if asked == "call":
                     meeting.call()
+                    channel.send(None)
+                elif asked == "dismiss":
+                    meeting.close()
                     channel.send(None)
                 else:
                     channel.send(meeting.seat(asked, backend="gloo", timeout_s=COLLECTIVE_TIMEOUT_S))
@@ -189,8 +197,10 @@ class _Play:
                 if plan.then is not None:
                     self._kill_all()
                     return plan.then
-            if dead and has_finished:  # those who are done meet nobody again
-                self._kill_all()
+            if (
+                has_finished
+            ):  # those who are done meet nobody again, also not who was started for a dead one meanwhile
+                meeting.dismiss()
             elif dead and self.workers:
                 for worker in dead:
                     self._start(meeting, seats[worker.rank])
