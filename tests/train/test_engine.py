@@ -30,9 +30,9 @@ from shoal.train.export import write_run_package
 from shoal.train.group import Group
 from shoal.train.run import Run
 from shoal.train.spec import RunSpec, digest_of
-from shoal.train.stamp import checkpoint_at, checkpoint_path, position_of, step_of
+from shoal.train.stamp import checkpoint_at, checkpoint_folders, checkpoint_path, position_of, step_of
 from toy import Toy
-from waiting import DEADLINE_S
+from waiting import DEADLINE_S, wait_until
 
 
 def spec_of(tmp_path: Path, recipe: shoal.Recipe | None = None, **changes: Any) -> RunSpec:
@@ -181,11 +181,12 @@ class Overtaken(Toy):
     told: ClassVar[list[Any]]
 
     def train(self, session: shoal.Session) -> None:
+        record = RunRecord(Storage(self.storage), "run")
         for batch in session.batches():
             if session.steps_done == 25:
-                record = RunRecord(Storage(self.storage), "run")
+                wait_until(lambda: [e["step"] for e in record.checkpoints()] == [20], "step 20 is committed")
                 token = record.fence.take()
-                there = map(position_of, record.checkpoints_dir.iterdir())
+                there = map(position_of, checkpoint_folders(record.checkpoints_dir))
                 token.begin(record.fence.succession().up_to((20, 1), there))
                 self.told.extend(record.events())
             session.backward(session.loss(batch))

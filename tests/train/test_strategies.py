@@ -21,7 +21,7 @@ from trainees import fingerprint_of, folder_of
 STEPS = 24
 TWO_MACHINES = ["a", "a", "b", "b"]
 LIMIT = 1e-5
-"""How far weights may differ by the grouping of sums alone, after so many steps; measured: 3e-7."""
+"""How far weights may differ by the grouping of sums alone; measured after 100 steps: 3e-7."""
 
 
 @pytest.fixture(scope="module")

@@ -403,9 +403,7 @@ class _Reader:
         self._say(t, event["kind"], step=_whole(event, "step"), detail=_text_of(event))
         begins_anew = event["kind"] == "out_of_memory" or event.get("action") == "rollback"
         if begins_anew and self._leg is not None:
-            if self._trouble is None:
-                self._trouble = t
-            self._close_leg(t, Doing.RECOVERING)
+            self._recover(t)
         self._alive = t
 
     def _lost(self, t: float, event: Event) -> None:
@@ -414,10 +412,14 @@ class _Reader:
         self._say(t, "lost", step=step, detail=self._ranks_text(event))
         if self._doing is Doing.AWAY:
             return  # nobody needs it any more
+        self._recover(t)
+        self._alive = t
+
+    def _recover(self, t: float) -> None:
+        """From here on the run is on its way back; what went wrong first counts as the beginning."""
         if self._trouble is None:
             self._trouble = t
         self._close_leg(t, Doing.RECOVERING)
-        self._alive = t
 
     def _resize(self, t: float, event: Event) -> None:
         step = _whole(event, "step")

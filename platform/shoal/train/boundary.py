@@ -14,7 +14,7 @@ from shoal.tracking import RunState
 from shoal.train.bad_steps import BadSteps, BeginAgain
 from shoal.train.cadence import Cadence
 from shoal.train.checkpoint_writer import CheckpointWriter
-from shoal.train.checkpoints import Snapshot, is_large, take_snapshot, tensors_of, write_snapshot
+from shoal.train.checkpoints import Snapshot, give_parts, is_large, take_snapshot, tensors_of, write_snapshot
 from shoal.train.group import Group
 from shoal.train.out_of_memory import is_out_of_memory, write_micro_batch
 from shoal.train.patient_record import PatientRecord
@@ -235,9 +235,8 @@ class RunBoundary:
         except Exception as err:
             if not is_out_of_memory(err):
                 raise
-        self._group.gather(
-            None
-        )  # who begins anew takes a token, under which nobody else may still be writing
+        # Who begins anew takes a token, under which nobody else may still be writing.
+        self._group.gather(None)
 
     def _prepare(self, session: Session) -> None:
         """After the first step, when the optimizer has a state: make ready for large snapshots."""
@@ -355,15 +354,15 @@ class RunBoundary:
         self._cadence.checkpoint_begins()
         began = time.monotonic()
         self._wait_written()
-        if self._writer is None and not session.is_divided:
-            return
-        snap = self._snapshot(session, values)  # of a divided model every rank has a part to give
         if self._writer is not None:
+            snap = self._snapshot(session, values)
             if not self._bad_steps.is_written:
                 self._write_bad_steps(is_needed=False)
             snap.pause_s = time.monotonic() - began
             self._writer.submit(snap, is_awaited=is_awaited)
             self._cadence.checkpoint_taken()
+        elif session.is_divided:
+            give_parts(session.model, session.optimizer, session.scheduler)
 
     def _snapshot(self, session: Session, values: dict[str, float]) -> Snapshot:
         return take_snapshot(
@@ -375,9 +374,8 @@ class RunBoundary:
             run=self._run,
             values=values,
             token=self._token,
-            staging=None
-            if session.is_divided
-            else self._staging,  # whole tensors are made of parts one by one
+            # Of a divided model whole tensors are made one by one.
+            staging=None if session.is_divided else self._staging,
             may_overlap=self._may_overlap,
         )
 

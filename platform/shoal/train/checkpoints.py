@@ -23,7 +23,7 @@ from shoal.train.stamp import (
     position_of,
     stamp,
 )
-from shoal.train.state import Flat, flatten, snapshot, unflatten
+from shoal.train.state import Flat, flatten, snapshot, unflatten, whole
 
 MODEL_FILE = "model.safetensors"
 REST_FILE = "rest.safetensors"
@@ -144,6 +144,16 @@ def tensors_of(model: torch.nn.Module, optimizer: Any, scheduler: Any) -> Files:
         RecipeError: the optimizer keeps what cannot be saved without pickle.
     """
     return _gather(model, optimizer, scheduler)[0]
+
+
+def give_parts(model: torch.nn.Module, optimizer: Any, scheduler: Any) -> None:
+    """On a rank that writes nothing, while rank 0 takes a snapshot of a divided model: it needs this rank's parts.
+
+    Each tensor is put together on every rank, and let go of here at once. Blocks as rank 0 does.
+    """
+    for tensors in tensors_of(model, optimizer, scheduler).values():
+        for tensor in tensors.values():
+            whole(tensor)
 
 
 def is_large(files: Files) -> bool:

@@ -39,6 +39,21 @@ NUM_CONTROL = 1 + len(Wishes._fields)
 """Control words that ride with the last gradients: the loss, and the wishes."""
 
 
+def add_control(control: torch.Tensor, loss: torch.Tensor, wishes: Wishes) -> None:
+    """Add one part's loss and wishes to the ``NUM_CONTROL`` words that are summed over ranks."""
+    control[0].add_(loss.detach())
+    for word, is_wished in enumerate(wishes, start=1):
+        if is_wished:
+            control[word].add_(1.0)
+
+
+def read_control(control: torch.Tensor) -> tuple[float, Wishes]:
+    """The sum of the losses, and what any rank wished. Blocks until the device has it."""
+    with heart.waiting:  # on a GPU the collectives have only been queued so far
+        loss, *words = control.tolist()
+    return loss, Wishes(*(word > 0 for word in words))
+
+
 class _Bucket:
     """One flat buffer whose slices become the gradients of some parameters of one dtype, and riders behind them."""
 
@@ -179,10 +194,7 @@ class GradientBuckets:
 
     def set_control(self, loss: torch.Tensor, wishes: Wishes) -> None:
         """What this part adds to the control words; call it before the backward pass."""
-        self._control[0].add_(loss.detach())
-        for word, is_wished in enumerate(wishes, start=1):
-            if is_wished:
-                self._control[word].add_(1.0)
+        add_control(self._control, loss, wishes)
 
     def end(self) -> None:
         """The part's backward pass is over: parameters that it did not use have the gradient zero."""
@@ -197,9 +209,7 @@ class GradientBuckets:
         self._exchange.finish(pending)
         for bucket in self._buckets:
             bucket.release()
-        with heart.waiting:  # on a GPU the collectives have only been queued so far
-            loss, *words = self._control.tolist()
-        return loss, Wishes(*(word > 0 for word in words))
+        return read_control(self._control)
 
     def give_up(self) -> bool:
         """Take part in the sum of a step that this rank cannot compute, and tell the others; blocks as `finish` does.

@@ -127,7 +127,8 @@ class Session:
         self.precision = precision
         self.left_out: Container[int] = ()
         self.is_torn = False
-        self._is_in_step = False
+        self._is_sum_due = False
+        """Whether the other ranks are to come to a step's sum next, so that one may give the step up there."""
         self._evaluation_batch = recipe.batch_size if micro_batch is None else micro_batch
         self._on_nan = on_nan
         self._boundary = boundary
@@ -180,14 +181,14 @@ class Session:
         """This worker's share of each batch from the current step to the last, on its device.
 
         Ends early when the run is asked to stop, or to go on with another number of workers. Every batch must be
-        followed by `backward` and `step`. In an exact run a worker's share comes in several batches, one per shard;
-        `step` then takes a step after the last.
+        followed by `backward` and `step`. In an exact run a worker's share comes in several batches, one per shard,
+        and so it does where `micro_batch` divides it; `step` then takes a step after the last.
 
         Raises:
             RecipeError: a batch was taken without a `step` for the one before it.
         """
         scheme = self._scheme
-        self._is_in_step = True
+        self._is_sum_due = True
         loaded = iter(self._loader())
         known = dict(self.quarantine.since)
         for step in range(self.steps_done, self.target_steps):
@@ -202,9 +203,8 @@ class Session:
                 self._seed_for("shard", step, shard)  # before it is loaded: augmentation may draw, too
                 batch = self._next(loaded, step, shard)
                 self._move("step", to="batch")
-                if (
-                    not self.model.training
-                ):  # else a loop may have parts of its own in eval mode, and it takes time
+                # Not always: a loop may keep parts of a training model in eval mode, and it takes time.
+                if not self.model.training:
                     self.model.train()
                 self._gradients.begin(self._part)
                 self._buffers.begin(self._part)
@@ -287,7 +287,7 @@ class Session:
         self._move("backward", to="step")
         if self._part < len(self._scheme.mine) - 1:
             return
-        self._is_in_step = False
+        self._is_sum_due = False
         loss, wishes = self._gradients.finish()
         if wishes.give_up:
             raise StepGivenUp
@@ -369,9 +369,9 @@ class Session:
         self._end_step(wishes)
 
     def _end_step(self, wishes: Wishes) -> None:
-        self._is_in_step = False
+        self._is_sum_due = False
         self._ended = self._boundary.after_step(self, wishes)
-        self._is_in_step = not self._ended and self.steps_done < self.target_steps
+        self._is_sum_due = not self._ended and self.steps_done < self.target_steps
 
     @property
     def can_rewind(self) -> bool:
@@ -393,7 +393,7 @@ class Session:
 
         Blocks until they have come to its sum. False, with nothing done, where that is over, or no step is under way.
         """
-        return self._is_in_step and self._gradients.give_up()
+        return self._is_sum_due and self._gradients.give_up()
 
     def load_state(
         self, model: Mapping[str, torch.Tensor], optimizer: Mapping[str, Any] | None = None
@@ -451,8 +451,8 @@ class Session:
     @heart.during("evaluate")
     def evaluate(self, dataset: Dataset[Any]) -> dict[str, float]:
         """Mean loss and recipe metrics over a dataset, each worker measuring its share. Blocks; same on all."""
-        was_training, was_in_step = self.model.training, self._is_in_step
-        self._is_in_step = False
+        was_training, was_sum_due = self.model.training, self._is_sum_due
+        self._is_sum_due = False
         self.model.eval()
         try:
             with torch.no_grad(), self.autocast():
@@ -461,7 +461,7 @@ class Session:
             self.model.train(was_training)
             self._seed_for("evaluated", self.steps_done)  # workers drew as their shares are
         everywhere = self.group.gather(measured)
-        self._is_in_step = was_in_step
+        self._is_sum_due = was_sum_due
         return _merge_means([part for parts in everywhere for part in parts])
 
     def _measure(self, dataset: Dataset[Any], shard: int) -> tuple[dict[str, float], int]:

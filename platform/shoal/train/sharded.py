@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from shoal.train.group import Group
-from shoal.train.reduce import NUM_CONTROL, Wishes
+from shoal.train.reduce import NUM_CONTROL, Wishes, add_control, read_control
 from shoal.train.spec import Strategy
 
 
@@ -157,8 +157,7 @@ class ShardedGradients:
             p.grad = None
 
     def set_control(self, loss: torch.Tensor, wishes: Wishes) -> None:
-        self._control[0].add_(loss.detach())
-        self._control[1:].add_(torch.tensor([float(is_wished) for is_wished in wishes]))
+        add_control(self._control, loss, wishes)
 
     def end(self) -> None:
         if self._index < self._last:
@@ -168,8 +167,7 @@ class ShardedGradients:
     def finish(self) -> tuple[float, Wishes]:
         for work in self._pending:
             self._group.finish(work)
-        loss, *words = self._control.tolist()
-        return loss, Wishes(*(word > 0 for word in words))
+        return read_control(self._control)
 
     def give_up(self) -> bool:
         """Never: the other ranks wait inside the model, where nobody can tell them."""

@@ -80,10 +80,10 @@ def _key(key: Any, what: str) -> Any:
 
 
 def snapshot(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy on the CPU that shares no memory with the original.
+    """A contiguous copy on the CPU of the `whole`, which shares no memory with the original."""
+    return whole(tensor).detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
-    Of a tensor that is divided among workers, the whole: every rank must ask for it.
-    """
-    if hasattr(tensor, "full_tensor"):
-        tensor = tensor.full_tensor()
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor; of one that is divided among workers all of it, for which every rank must ask. Blocks then."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
